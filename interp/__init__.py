@@ -1,0 +1,32 @@
+"""interp: find out how a language model does what it does. The public names; each is imported when first used."""
+
+import importlib
+
+_HOME = {
+    "load_model": "interp.model.load",
+    "bundled_models": "interp.model.load",
+    "Transformer": "interp.model.transformer",
+    "ModelConfig": "interp.model.config",
+    "Rules": "interp.rules",
+    "PromptPairs": "interp.tasks.pairs",
+    "load_task": "interp.tasks.named",
+    "corrupt": "interp.tasks.corrupt",
+    "METRICS": "interp.metrics",
+    "activation_patching": "interp.patching",
+    "node_faithfulness": "interp.faithfulness",
+    "discover": "interp.discover",
+    "Discovery": "interp.discover",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'interp' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,199 @@
+"""`interp`: the command line. It parses flags, calls the library's own functions and prints what they return.
+
+    interp discover                                   the main job, on the bundled model
+    interp discover --model gpt2 --task greater_than
+    interp patch --sites head --positions all --out heads.csv
+    interp models / interp tasks                      what there is
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from interp.tasks.pairs import PromptPairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """The model and the behaviour to explain."""
+
+    model: str = "mini-gpt2"
+    """Bundled model, folder in Hugging Face's layout, or hub name."""
+    task: str = "ioi"
+    """Named task (see `interp tasks`)."""
+    pairs: Path | None = None
+    """Prompt pairs from a CSV or JSON(L) file instead of a named task."""
+    n: int = 64
+    """Prompt pairs."""
+    seed: int = 0
+    """Seed of the pairs and of the bootstrap."""
+    corruption: str | None = None
+    """How prompts are corrupted (default: the task's first way; also gaussian, zero, mean, resample)."""
+    template: int | None = 0
+    """Wording of the task by number; None mixes them."""
+    metric: str | None = None
+    """Default: the task's own."""
+    direction: Literal["denoise", "noise"] = "denoise"
+    """denoise: corrupt run, clean values patched in. noise: the reverse."""
+    device: str | None = None
+    """Default: torch's default device."""
+    dtype: str | None = None
+    """Default: the checkpoint's."""
+    batch_size: int | None = None
+    """Prompts per forward pass (default: all)."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def load(self) -> "tuple[object, PromptPairs]":
+        """The model and its prompt pairs."""
+        from interp.model.load import load_model
+        from interp.tasks.corrupt import KINDS, corrupt
+        from interp.tasks.files import read_pairs
+        from interp.tasks.named import get_task, load_task
+
+        if self.pairs is None:
+            get_task(self.task)  # before minutes are spent on loading a model
+        model = load_model(self.model, device=self.device, dtype=self.dtype)
+        if self.pairs is None:
+            pairs = load_task(
+                self.task, model, n=self.n, seed=self.seed, corruption=self.corruption, template=self.template
+            )
+        else:
+            pairs = read_pairs(self.pairs, model, n=self.n)
+            if self.corruption is not None:
+                from interp.errors import TaskError, one_of
+
+                one_of(self.corruption, KINDS, "corruption of pairs from a file", TaskError)
+                pairs = corrupt(model, pairs, self.corruption, seed=self.seed)
+        return model, pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discover(Behaviour):
+    """Find the components that carry a behaviour, check them by ablation, write a report."""
+
+    ablation: Literal["corrupt", "zero", "mean"] = "corrupt"
+    """What replaces components outside the circuit in the faithfulness check."""
+    out: Path = Path("interp-report.html")
+    """Report to write."""
+
+    def run(self) -> None:
+        from interp.files import check_writable
+
+        check_writable(self.out)
+        model, pairs = self.load()
+        from interp.discover import discover
+
+        found = discover(
+            model, pairs, metric=self.metric, direction=self.direction, ablation=self.ablation,
+            batch_size=self.batch_size, seed=self.seed, progress=not self.quiet,
+        )  # fmt: skip
+        found.report(self.out)
+        print(found.text())
+        print(f"\nreport: {self.out.resolve()}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch(Behaviour):
+    """Patch every place of one or several sites; print the strongest, optionally write all."""
+
+    sites: tuple[str, ...] = ("resid_pre",)
+    """resid_pre, resid_mid, resid_post, attn_out, mlp_out, head, q, k, v, pattern, neuron."""
+    positions: Literal["each", "all", "cells"] = "each"
+    """each position by itself, all at once, or (pattern only) single query-key cells."""
+    neurons: tuple[str, ...] = ()
+    """Neurons of site neuron, as m3.n17."""
+    window: int = 1
+    """Patch this many adjacent layers together."""
+    normalize: bool = False
+    """Divide by metric(clean) - metric(corrupt)."""
+    out: Path | None = None
+    """Write all scores: .csv or .parquet (one row per prompt and place), or .html (heatmap of one site)."""
+
+    def run(self) -> None:
+        from interp.errors import OptionError
+        from interp.files import check_writable
+
+        if self.out is not None and check_writable(self.out).suffix not in (".csv", ".parquet", ".html"):
+            raise OptionError(
+                f"cannot write {self.out.suffix or 'a file without an ending'!r}: use .csv, .parquet or .html"
+            )
+        if self.out is not None and self.out.suffix == ".html" and (len(self.sites) > 1 or self.window > 1):
+            raise OptionError("an .html heatmap shows one site and no windows; use .csv or .parquet")
+        model, pairs = self.load()
+        from interp.patching import activation_patching
+        from interp.tables import save_effects, strongest
+
+        effects = activation_patching(
+            model, pairs, self.sites, metric=self.metric or pairs.metric, direction=self.direction,
+            positions=self.positions, window=self.window, neurons=self.neurons or None, normalize=self.normalize,
+            batch_size=self.batch_size, progress=not self.quiet,
+        )  # fmt: skip
+        print(strongest(effects))
+        if self.out is not None:
+            save_effects(effects, self.out)
+            print(f"\nscores: {self.out.resolve()}")
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the bundled models."""
+
+    def run(self) -> None:
+        from interp.model.load import bundled_models
+
+        for name, path in bundled_models().items():
+            print(f"{name:12} {path}")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the named tasks and their corruptions."""
+
+    def run(self) -> None:
+        from interp.tasks.named import TASKS, get_task
+
+        for name in TASKS:
+            task = get_task(name)
+            print(f"{name}: {task.summary} (metric {task.metric}, {task.n_templates} wordings)")
+            for corruption, describe in task.corruptions.items():
+                print(f"    {corruption}: {describe}")
+
+
+Command = (
+    Annotated[Discover, tyro.conf.subcommand("discover")]
+    | Annotated[Patch, tyro.conf.subcommand("patch")]
+    | Annotated[Models, tyro.conf.subcommand("models")]
+    | Annotated[Tasks, tyro.conf.subcommand("tasks")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Exit status: 0 done, 2 something the user can mend (one sentence on stderr), 130 interrupted."""
+    command = tyro.cli(
+        Command, args=arguments, prog="interp", description="Find out how a language model does what it does."
+    )
+    from interp.errors import InterpError
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"interp: warning: {message}", file=sys.stderr)
+        try:
+            command.run()
+        except InterpError as error:
+            print(f"interp: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interp: interrupted; nothing was written", file=sys.stderr)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

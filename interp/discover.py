@@ -1,0 +1,205 @@
+"""The main job: where in this network does the behaviour live?
+
+    discovery = discover(model, load_task("ioi", model))
+    discovery.ranking            # every head and MLP: effect, interval, whether it stands out
+    discovery.report("report.html")
+
+One call patches the residual stream, attention and MLP outputs at every position and every head as a whole, exactly;
+ranks heads and MLPs with bootstrap intervals over prompts; marks those that stand out by two standard deviations; and
+checks the ranking by intervention: keep only the top n, ablate the rest, see how much of the metric comes back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from interp.errors import one_of
+from interp.faithfulness import ABLATIONS, node_faithfulness
+from interp.metrics import METRICS, Metric, get_metric, name_some
+from interp.model.run import config_of, logits_at
+from interp.model.tokens import token_strings
+from interp.patching import DIRECTIONS, activation_patching, patch_nodes
+from interp.sites import parse_node
+from interp.statistics import bootstrap_mean, detected
+from interp.tasks.pairs import PromptPairs
+
+
+@dataclass
+class Discovery:
+    """What `discover` found. `effects` are per prompt; `ranking` has one row per head and MLP, strongest first."""
+
+    pairs: PromptPairs
+    effects: xr.Dataset  # by position: resid_pre, attn_out, mlp_out and the strongest heads
+    nodes: xr.DataArray  # [prompt, node]: each head and MLP patched at all positions
+    ranking: pd.DataFrame
+    faithfulness: xr.Dataset
+    random_faithfulness: xr.Dataset  # the same curve for nodes in random order
+    summary: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+    corrupt_strings: tuple[str, ...] | None = None  # tokens of the first corrupt prompt
+    answer_strings: tuple[str, ...] = ()  # answers to the first clean prompt
+    wrong_strings: tuple[str, ...] = ()
+
+    @property
+    def attrs(self) -> dict:
+        """How the numbers were made: model, task, metric, unit, sign, direction, corruption, versions."""
+        return self.nodes.attrs
+
+    def __repr__(self) -> str:
+        a, top = self.attrs, ", ".join(self.ranking.node[:4])
+        n_found = int(self.ranking.detected.sum())
+        return f"Discovery({a['model']} on {a['task']}, {a['direction']}: {n_found} components stand out, first {top})"
+
+    def text(self, n: int = 12) -> str:
+        """Baselines, the n strongest components and notes, for a terminal."""
+        a, s = self.attrs, self.summary
+        table = self.ranking.head(n)[["node", "effect", "low", "high", "share", "detected"]]
+        curve = self.faithfulness
+        reached = [int(k) for k, r in zip(curve.n.values, curve.recovered.values, strict=True) if r >= 0.9]
+        lines = [
+            f"{a['model']} on {a['task']} ({a['corruption']}), {a['direction']}, {a['n_prompts']} pairs: {a['metric']} "
+            f"{s['metric_clean']:.3f} clean, {s['metric_corrupt']:.3f} corrupt; first choice right on "
+            f"{s['accuracy_clean']:.0%} of the clean prompts",
+            "",
+            table.to_string(index=False, float_format=lambda v: f"{v:+.3f}"),
+            "",
+            f"effect in {a['unit'] or 'the metric'}, {a['sign']}; low, high: 95 % bootstrap over prompts; "
+            "share of clean - corrupt",
+            f"{reached[0]} of {curve.attrs['n_nodes']} components recover at least 90 % "
+            f"({curve.attrs['ablation']} ablation of the rest)",
+        ]  # fmt: skip
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def _repr_html_(self) -> str:
+        return self.ranking.head(12).round(3).to_html(index=False)
+
+    def report(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page and return its path."""
+        from interp.report import write_report
+
+        return write_report(self, path)
+
+
+def discover(
+    model, pairs: PromptPairs, *, level: Literal["node"] = "node", metric: str | Callable | Metric | None = None,
+    direction: Literal["denoise", "noise"] = "denoise", ablation: Literal["corrupt", "zero", "mean"] = "corrupt",
+    top_heads: int = 4, batch_size: int | None = None, seed: int = 0, progress: bool = False,
+) -> Discovery:  # fmt: skip
+    """Exact node patching, ranking, detection and faithfulness in one call.
+
+    metric: default is the one the pairs are usually scored with. ablation: what replaces components outside the circuit
+    in the faithfulness check. top_heads: how many of the strongest heads are also patched position by position.
+    """
+    one_of(level, ("node",), "level")
+    one_of(direction, DIRECTIONS, "direction")
+    one_of(ablation, ABLATIONS, "ablation")
+    metric = get_metric(pairs.metric if metric is None else metric)
+    options = {"metric": metric, "direction": direction, "batch_size": batch_size, "progress": progress}
+    effects = activation_patching(model, pairs, _residual_sites(model), **options)
+    whole = activation_patching(model, pairs, ["head", "mlp_out"], positions="all", **options)
+    nodes = _as_nodes(whole)
+    ranking = rank(nodes, seed=seed)
+    heads = [n for n in ranking.node if n.startswith("a")][:top_heads]
+    if heads:
+        effects["top_heads"] = patch_nodes(model, pairs, heads, **options)
+    curve = {"metric": metric, "ablation": ablation, "seed": seed, "progress": progress}
+    faithfulness = node_faithfulness(model, pairs, list(ranking.node), **curve)
+    shuffled = list(np.random.default_rng(seed).permutation(ranking.node.to_numpy()))
+    random_faithfulness = node_faithfulness(
+        model, pairs, shuffled, sizes=faithfulness.n.values[:: max(1, len(faithfulness.n) // 12)].tolist(), **curve
+    )
+    summary, notes = _describe(model, pairs, nodes, metric)
+    return Discovery(
+        pairs, effects, nodes, ranking, faithfulness, random_faithfulness, summary, notes, **_first_pair(model, pairs)
+    )
+
+
+def _first_pair(model, pairs: PromptPairs) -> dict[str, tuple[str, ...]]:
+    """Token texts of the first pair, for display."""
+
+    def strings(ids) -> tuple[str, ...]:
+        return () if ids is None else tuple(token_strings(model.tokenizer, [i for i in ids[0].tolist() if i >= 0]))
+
+    return {
+        "corrupt_strings": strings(pairs.corrupt) if pairs.noise_mask is None else None,
+        "answer_strings": strings(pairs.answers),
+        "wrong_strings": strings(pairs.wrong_answers),
+    }
+
+
+def _residual_sites(model) -> list[str]:
+    sites = ["resid_pre", "attn_out", "mlp_out"]
+    return sites if config_of(model).parallel else [sites[0], "resid_mid", *sites[1:]]
+
+
+def _as_nodes(whole: xr.Dataset) -> xr.DataArray:
+    """[prompt, node] with heads and MLPs side by side in forward order."""
+    heads, mlps = whole["head_out"], whole["mlp_out"]
+    values, ids = [], []
+    for layer in heads["layer"].values:
+        for head in heads["head"].values:
+            values.append(heads.sel(layer=layer, head=head).values)
+            ids.append(f"a{layer}.h{head}")
+        values.append(mlps.sel(layer=layer).values)
+        ids.append(f"m{layer}")
+    keep = {name: mlps[name] for name in ("metric_clean", "metric_corrupt")}
+    array = xr.DataArray(
+        np.stack(values, 1), dims=("prompt", "node"), coords={"prompt": mlps.prompt, "node": ids, **keep}
+    )
+    return array.assign_attrs({**whole.attrs, "site": "head, mlp_out"})
+
+
+def rank(nodes: xr.DataArray, *, seed: int = 0) -> pd.DataFrame:
+    """Components by size of their mean effect: node, layer, kind, effect, low, high (95 % BCa), detected, share of gap."""
+    mean, low, high = bootstrap_mean(nodes.values, seed=seed)
+    gap = float((nodes.metric_clean - nodes.metric_corrupt).mean())
+    parsed = [parse_node(n) for n in nodes.node.values]
+    table = pd.DataFrame(
+        {
+            "node": nodes.node.values.astype(str),
+            "layer": [n.layer for n in parsed],
+            "kind": [n.kind for n in parsed],
+            "effect": mean,
+            "low": low,
+            "high": high,
+            "share": mean / gap if gap else np.nan,
+            "detected": detected(mean),
+        }
+    )
+    return table.sort_values("effect", key=lambda column: -column.abs(), kind="stable").reset_index(drop=True)
+
+
+def _describe(model, pairs: PromptPairs, nodes: xr.DataArray, metric: Metric) -> tuple[dict[str, float], list[str]]:
+    """Baselines, and what a careful reader should know before believing the map."""
+    clean, corrupt = nodes.metric_clean.values, nodes.metric_corrupt.values
+    logits = {
+        side: logits_at(model, pairs.tokens(side), pairs.read_at, pairs.hooks(side)) for side in ("clean", "corrupt")
+    }
+    accuracy, probability = METRICS["accuracy"], METRICS["probability"]
+    summary = {
+        "metric_clean": float(clean.mean()),
+        "metric_corrupt": float(corrupt.mean()),
+        "accuracy_clean": float(accuracy(logits["clean"], pairs).mean()),
+        "probability_clean": float(probability(logits["clean"], pairs).mean()),
+        "probability_corrupt": float(probability(logits["corrupt"], pairs).mean()),
+    }
+    notes = []
+    if summary["accuracy_clean"] < 0.5:
+        notes.append(f"The model's first choice is an answer on only {summary['accuracy_clean']:.0%} of the clean prompts: "
+                     "there may be little behaviour to explain.")  # fmt: skip
+    if metric.name == "logit_diff" and (wrong := np.flatnonzero(clean <= 0)).size:
+        notes.append(f"The wrong answer wins on the clean prompts {name_some(wrong.tolist())}.")
+    gap = np.abs(clean - corrupt)
+    if (small := np.flatnonzero(gap < 0.02 * np.median(gap))).size:
+        notes.append(f"Clean and corrupt hardly differ on prompts {name_some(small.tolist())}.")
+    if metric.name.startswith("probab") and summary["probability_corrupt"] < 0.01:
+        notes.append("The answer's probability is near zero on the corrupt prompts: components that lower it further "
+                     "cannot show (floor effect); look at logit_diff too.")  # fmt: skip
+    if pairs.corruption.startswith("gaussian"):
+        notes.append("Gaussian noise takes the model off its distribution; prefer swapped tokens where possible.")
+    return summary, notes

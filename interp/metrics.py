@@ -1,0 +1,117 @@
+"""How well a model does a task: one number per prompt, from the logits at the position where the answer is due.
+
+Every metric maps logits [prompt, d_vocab] to values [prompt]. Names, units and what they need:
+
+    logit_diff        logits  mean logit of the answers minus mean logit of the wrong answers
+    answer_logit      logits  mean logit of the answers
+    log_probability   nats    log of the total probability of the answers
+    probability       1       total probability of the answers (for greater-than: the mass on later years)
+    probability_diff  1       that minus the total probability of the wrong answers (EAP-IG's greater-than metric)
+    kl_divergence     nats    KL(P_clean || P), summed over the vocabulary; 0 on the clean run
+    accuracy          1       1 if the most likely token is an answer
+
+A plain callable is a metric too: `f(logits)` or `f(logits, pairs)`, returning [prompt].
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from interp.errors import MetricError, one_of
+
+if TYPE_CHECKING:
+    from interp.tasks.pairs import PromptPairs
+
+Logits = Float[Tensor, "prompt d_vocab"]
+Values = Float[Tensor, " prompt"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named metric: `compute(logits, pairs, clean_logits)`; `needs` lists "wrong_answers" and/or "clean_logits"."""
+
+    name: str
+    unit: str
+    compute: Callable[[Logits, "PromptPairs", Logits | None], Values]
+    describe: str = ""
+    needs: tuple[str, ...] = ()
+
+    def __call__(self, logits: Logits, pairs: "PromptPairs", clean_logits: Logits | None = None) -> Values:
+        """Values [prompt], in float32 at least; `MetricError` if one of them is not finite, naming the prompts."""
+        if "wrong_answers" in self.needs and pairs.wrong_answers is None:
+            raise MetricError(f"metric {self.name} needs wrong answers, and these pairs have none")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        values = self.compute(wide, pairs, clean_logits)
+        if values.shape != (len(pairs),):
+            raise MetricError(f"metric {self.name} returned shape {tuple(values.shape)}, not one value per prompt")
+        if not torch.isfinite(values).all():
+            bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+            raise MetricError(f"metric {self.name} is not finite on prompts {name_some(bad)}")
+        return values
+
+
+def name_some(items: list, limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
+
+
+def _mean_logit(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Values:
+    present = tokens >= 0
+    return (logits.gather(1, tokens.clamp_min(0)) * present).sum(1) / present.sum(1)
+
+
+def _log_mass(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Values:
+    log_probs = logits.log_softmax(-1).gather(1, tokens.clamp_min(0))
+    return log_probs.masked_fill(tokens < 0, -torch.inf).logsumexp(1)
+
+
+def _logit_diff(logits, pairs, clean):
+    return _mean_logit(logits, pairs.answers) - _mean_logit(logits, pairs.wrong_answers)
+
+
+def _probability_diff(logits, pairs, clean):
+    return _log_mass(logits, pairs.answers).exp() - _log_mass(logits, pairs.wrong_answers).exp()
+
+
+def _kl_divergence(logits, pairs, clean):
+    log_p, log_q = clean.to(logits.dtype).log_softmax(-1), logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _accuracy(logits, pairs, clean):
+    return (logits.argmax(-1, keepdim=True) == pairs.answers).any(1).to(logits.dtype)
+
+
+METRICS: dict[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("logit_diff", "logits", _logit_diff, "answer minus wrong answer", ("wrong_answers",)),
+        Metric("answer_logit", "logits", lambda x, p, _: _mean_logit(x, p.answers), "logit of the answer"),
+        Metric("log_probability", "nats", lambda x, p, _: _log_mass(x, p.answers), "log-probability of the answer"),
+        Metric(
+            "probability", "probability", lambda x, p, _: _log_mass(x, p.answers).exp(), "probability of the answer"
+        ),
+        Metric("probability_diff", "probability", _probability_diff, "answers minus wrong answers", ("wrong_answers",)),
+        Metric("kl_divergence", "nats", _kl_divergence, "KL(clean || this run)", ("clean_logits",)),
+        Metric("accuracy", "share", _accuracy, "most likely token is an answer"),
+    )
+}
+
+
+def get_metric(metric: str | Callable | Metric) -> Metric:
+    """A metric by name, or a callable `f(logits)` / `f(logits, pairs)` as one."""
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, str):
+        return METRICS[one_of(metric, METRICS, "metric", MetricError)]
+    if not callable(metric):
+        raise MetricError(f"{metric!r} is neither the name of a metric nor a callable")
+    takes_pairs = len(inspect.signature(metric).parameters) > 1
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return Metric(name, "", lambda x, p, _: metric(x, p) if takes_pairs else metric(x), (metric.__doc__ or "").strip())

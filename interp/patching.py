@@ -1,0 +1,319 @@
+"""Exact activation patching: change one place of one run to its value in another run, and see what the metric does.
+
+    effects = activation_patching(model, pairs, "resid_pre")            # DataArray [prompt, layer, position]
+    effects.mean("prompt")                                              # averages are the caller's
+
+`direction="denoise"` runs the corrupt prompt and patches clean values in (is this place *sufficient* to restore the
+behaviour?); `"noise"` runs the clean prompt and patches corrupt values in (is it *necessary*?). The two are different
+questions, not opposites (Heimersheim & Nanda 2404.15255). A score is always metric(patched) - metric(unpatched), in the
+metric's unit.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from interp.errors import OptionError, SiteError, one_of
+from interp.interventions import Intervention, Patch, PatchedRuns
+from interp.metrics import Metric, get_metric, name_some
+from interp.model.run import config_of
+from interp.provenance import provenance
+from interp.sites import Node, Site, get_site, parse_node
+from interp.tasks.pairs import PromptPairs
+
+DIRECTIONS = {"denoise": "corrupt", "noise": "clean"}  # the run that is changed
+ENGINES = ("hooks",)
+Positions = Literal["each", "all", "cells"] | Sequence[int]
+
+
+def activation_patching(
+    model, pairs: PromptPairs, sites: str | Sequence[str], *,
+    metric: str | Callable | Metric | Sequence[str | Callable | Metric] = "logit_diff",
+    direction: Literal["denoise", "noise"] = "denoise", positions: Positions = "each", window: int = 1,
+    neurons: Sequence[str] | None = None, normalize: bool = False, engine: Literal["hooks"] = "hooks",
+    batch_size: int | None = None, progress: bool = False,
+) -> xr.DataArray | xr.Dataset:  # fmt: skip
+    """Exact effect of patching every place of one or several sites.
+
+    sites: resid_pre, resid_mid, resid_post, attn_out, mlp_out, head, q, k, v, pattern, neuron. Keys and values of a
+        model with grouped-query attention are addressed per key/value head.
+    metric: a name, a callable `f(logits)` or `f(logits, pairs)`, or a list of them: all are read from the same runs.
+    positions: "each" position by itself, "all" at once, or a list of positions (negative ones count from each prompt's
+        end). For "pattern", "each" patches a query's whole row, and "cells" each query-key pair by itself.
+    window: patch this many adjacent layers together. The result then holds, beside `<site>`, `<site>_summed`: the sum
+        of the single-layer effects over the same layers. `layer` is the first layer of the window.
+    neurons: the neurons of site "neuron", as node ids: ["m3.n17", "m0.n2"].
+    normalize: divide by metric(clean) - metric(corrupt) of each prompt.
+    batch_size: prompts per forward pass (default: all at once).
+
+    Returns a DataArray [metric if several, prompt, layer, head or kv_head, position, source] for one site and a Dataset
+    for several sites or a window; in a Dataset, sites "head" and "neuron" are called "head_out" and "neuron_out", since
+    those names belong to axes. Padding is NaN. Coordinates carry token strings, node ids, and each prompt's metric
+    on the clean and the corrupt run; attrs say how the scores were made.
+
+    Every call checks that each hook fired and that patching a run with itself changes nothing; `PatchError` otherwise.
+    """
+    one_of(direction, DIRECTIONS, "direction")
+    one_of(engine, ENGINES, "engine")
+    several = not isinstance(metric, str | Metric) and isinstance(metric, Sequence)
+    metrics = [get_metric(m) for m in (metric if several else [metric])]
+    names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
+    cfg = config_of(model)
+    if not names:
+        raise SiteError("no sites to patch")
+    if not 1 <= window <= cfg.n_layers:
+        raise OptionError(f"window {window} is not between 1 and the model's {cfg.n_layers} layers")
+    grids = [_grid(get_site(name, cfg), pairs, cfg, positions, neurons, window) for name in names]
+
+    base = DIRECTIONS[direction]
+    chunks = _chunks(pairs, batch_size)
+    total = len(chunks) * sum(grid.n_runs for grid in grids)
+    clean_values, corrupt_values, scores = [], [], [[] for _ in grids]
+    with tqdm(total=total, desc="patching", unit="run", disable=None if progress else True, leave=False) as bar:
+        for chunk in chunks:
+            runs = PatchedRuns(model, chunk, base=base, sites=names)
+            runs.check()
+            clean_logits = runs.plain("clean")
+            score = lambda logits: torch.stack([m(logits, chunk, clean_logits) for m in metrics])  # noqa: E731, B023
+            clean_values.append(score(clean_logits))
+            corrupt_values.append(score(runs.plain("corrupt")))
+            base_values = (clean_values if base == "clean" else corrupt_values)[-1]
+            for grid, found in zip(grids, scores, strict=True):
+                columns = []
+                for logits in runs.run(grid.interventions()):
+                    columns.append((score(logits) - base_values).cpu())
+                    bar.update()
+                found.append(torch.stack(columns, -1))
+
+    clean_value, corrupt_value = torch.cat(clean_values, 1).cpu(), torch.cat(corrupt_values, 1).cpu()
+    gap = clean_value - corrupt_value
+    warn_small_gap(gap[0], metrics[0].name)
+    attrs = {
+        "method": "activation_patching", "engine": engine, "direction": direction,
+        "normalized": int(normalize), "positions": positions if isinstance(positions, str) else str(list(positions)),
+        "window": window, **metric_attrs(metrics, direction, normalize), **provenance(model, pairs),
+    }  # fmt: skip
+    arrays: dict[str, xr.DataArray] = {}
+    for grid, found in zip(grids, scores, strict=True):
+        values = torch.cat(found, 1)  # [metric, prompt, cell]
+        if normalize:
+            values = values / torch.where(gap.abs() > 0, gap, torch.nan)[..., None]
+        for name, array in grid.label(values, metrics if several else None, pairs, cfg):
+            about = {"metric_clean": clean_value, "metric_corrupt": corrupt_value}
+            dims = ("metric", "prompt") if several else ("prompt",)
+            coords = {k: (dims, (v if several else v[0]).numpy()) for k, v in about.items()}
+            arrays[name] = array.assign_coords(coords).assign_attrs(attrs | {"site": grid.site.name})
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    return xr.Dataset(arrays, attrs=attrs)
+
+
+def patch_nodes(
+    model, pairs: PromptPairs, nodes: Sequence[str], *, metric: str | Callable | Metric = "logit_diff",
+    direction: Literal["denoise", "noise"] = "denoise", batch_size: int | None = None, progress: bool = False,
+) -> xr.DataArray:  # fmt: skip
+    """Exact effect of a few nodes' outputs position by position: [prompt, node, position]. Node ids: "a3.h2", "m5"."""
+    cfg, metric, width = config_of(model), get_metric(metric), pairs.clean.shape[1]
+    parsed = [parse_node(node, cfg) for node in nodes]
+    cells = [(Patch.of_node(node, position),) for node in parsed for position in range(width)]
+    rows, sites = [], {node.site.name for node in parsed}
+    for chunk in _chunks(pairs, batch_size):
+        runs = PatchedRuns(model, chunk, base=DIRECTIONS[direction], sites=sites, layers={n.layer for n in parsed})
+        clean_logits = runs.plain("clean")
+        base = metric(runs.plain(runs.base), chunk, clean_logits)
+        found = tqdm(
+            runs.run(cells), total=len(cells), desc="nodes", unit="run", disable=None if progress else True, leave=False
+        )
+        rows.append(torch.stack([metric(logits, chunk, clean_logits) - base for logits in found], -1).cpu())
+    values = torch.cat(rows).reshape(len(pairs), len(parsed), width).numpy()
+    values[np.broadcast_to(~pairs.is_token.cpu().numpy()[:, None], values.shape)] = np.nan
+    coords = {
+        "prompt": range(len(pairs)), "node": [str(n) for n in parsed], "position": range(width),
+        "token": ("position", position_labels(pairs, range(width))),
+    }  # fmt: skip
+    attrs = {"method": "activation_patching", "engine": "hooks", "direction": direction, "site": "nodes",
+             **metric_attrs([metric], direction), **provenance(model, pairs)}  # fmt: skip
+    return xr.DataArray(values, dims=("prompt", "node", "position"), coords=coords, attrs=attrs)
+
+
+def _chunks(pairs: PromptPairs, batch_size: int | None) -> list[PromptPairs]:
+    if batch_size is None:
+        return [pairs]
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1, not {batch_size}")
+    return [pairs.take(slice(i, i + batch_size)) for i in range(0, len(pairs), batch_size)]
+
+
+def metric_attrs(metrics: Sequence[Metric], direction: str, normalize: bool = False) -> dict[str, str]:
+    """How to read a score: the metric's name, its unit, and what the sign means."""
+    base = DIRECTIONS[direction]
+    return {
+        "metric": ", ".join(m.name for m in metrics),
+        "unit": "share of clean - corrupt" if normalize else ", ".join(dict.fromkeys(m.unit for m in metrics)),
+        "sign": f"metric(patched) - metric({base}): positive means the patch raises the metric",
+    }
+
+
+def warn_small_gap(gap: Tensor, metric: str) -> None:
+    """Warn, naming the prompts, where clean and corrupt hardly differ: there is little to restore or to break there."""
+    size = gap.abs()
+    small = (size < 0.02 * size.median()) | (size < 1e-6)
+    if small.any():
+        rows = small.nonzero().flatten().tolist()
+        warnings.warn(
+            f"|{metric}(clean) - {metric}(corrupt)| is near zero on prompts {name_some(rows)}: "
+            "normalised scores are unreliable there",
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The places of one site that a call patches, in order: layer (or first layer of a window) x unit x positions."""
+
+    site: Site
+    layers: tuple[int, ...]
+    units: tuple[int, ...] | None
+    positions: tuple[int, ...] | None
+    cells: tuple[tuple[int, int], ...] | None  # (query, key) of single pattern cells
+    window: int
+    n_layers: int
+    neurons: tuple[Node, ...] | None = None
+
+    @property
+    def places(self) -> list[dict]:
+        """Unit and position of every cell within a layer."""
+        units = [{}] if self.units is None else [{"unit": u} for u in self.units]
+        if self.cells is not None:
+            spots = [{"position": q, "source_position": k} for q, k in self.cells]
+        else:
+            spots = [{}] if self.positions is None else [{"position": p} for p in self.positions]
+        return [u | s for u, s in product(units, spots)]
+
+    @property
+    def n_runs(self) -> int:
+        return sum(1 for _ in self.interventions())
+
+    def interventions(self) -> Iterator[Intervention]:
+        """Every single-layer (or neuron) cell, then, for windows of more than one layer, every window."""
+        name = self.site.name
+        if self.neurons is not None:
+            spots = [None] if self.positions is None else self.positions
+            yield from ((Patch(name, n.layer, n.index, p),) for n in self.neurons for p in spots)
+            return
+        yield from ((Patch(name, layer, **place),) for layer in range(self.n_layers) for place in self.places)
+        if self.window > 1:
+            for first in self.layers:
+                for place in self.places:
+                    yield tuple(Patch(name, layer, **place) for layer in range(first, first + self.window))
+
+    def label(self, values: Tensor, metrics, pairs: PromptPairs, cfg) -> Iterator[tuple[str, xr.DataArray]]:
+        """Named DataArrays from values [metric, prompt, cell] in the order of `interventions`."""
+        lead = values.shape[:2]
+        n_single = self.n_layers * len(self.places) if self.neurons is None else values.shape[-1]
+        single = values[..., :n_single]
+        if self.neurons is not None or self.window == 1:
+            yield self.site.variable, self._array(single.numpy(), metrics, pairs, cfg)
+            return
+        joint = values[..., n_single:]
+        single = single.reshape(*lead, self.n_layers, -1)
+        summed = torch.stack([single[:, :, first : first + self.window].sum(2) for first in self.layers], 2)
+        yield self.site.variable, self._array(joint.numpy(), metrics, pairs, cfg)
+        yield f"{self.site.variable}_summed", self._array(summed.reshape(*lead, -1).numpy(), metrics, pairs, cfg)
+
+    def _array(self, values: np.ndarray, metrics, pairs: PromptPairs, cfg) -> xr.DataArray:
+        dims, sizes, coords = ["metric", "prompt"], list(values.shape[:2]), {}
+        if self.neurons is not None:
+            dims, sizes = [*dims, "neuron"], [*sizes, len(self.neurons)]
+            coords["neuron"] = [str(n) for n in self.neurons]
+        else:
+            dims, sizes = [*dims, "layer"], [*sizes, len(self.layers)]
+            coords["layer"] = list(self.layers)
+            if self.units is not None:
+                dims, sizes = [*dims, self.site.unit], [*sizes, len(self.units)]
+                coords[self.site.unit] = list(self.units)
+                if self.site.name == "head":
+                    coords["node"] = (
+                        ("layer", "head"),
+                        [[str(Node("head", a, h)) for h in self.units] for a in self.layers],
+                    )
+        if self.cells is not None:
+            width = pairs.clean.shape[1]
+            full = np.full((*sizes, width, width), np.nan, dtype=values.dtype)
+            queries, keys = zip(*self.cells, strict=True)
+            full[..., list(queries), list(keys)] = values.reshape(*sizes, len(self.cells))
+            values, dims = full, [*dims, "position", "source"]
+            coords |= {"position": range(width), "source": range(width)}
+        elif self.positions is not None:
+            dims, sizes = [*dims, "position"], [*sizes, len(self.positions)]
+            coords["position"] = list(self.positions)
+            values = values.reshape(sizes).copy()
+            beyond = np.array([[p >= int(n) for p in self.positions] for n in pairs.lengths])
+            values[(slice(None), *_rows_at(beyond, len(dims)))] = np.nan
+        array = xr.DataArray(values.reshape([*sizes, *values.shape[len(sizes) :]]), dims=dims, coords=coords)
+        array = array.assign_coords(prompt=range(len(pairs)))
+        for dim in ("position", "source"):
+            if dim in array.dims:
+                labels = position_labels(pairs, array[dim].values.tolist())
+                array = array.assign_coords({"token" if dim == "position" else "source_token": (dim, labels)})
+        if metrics is None:
+            return array.isel(metric=0)
+        return array.assign_coords(metric=[m.name for m in metrics])
+
+
+def _rows_at(mask: np.ndarray, n_dims: int) -> tuple:
+    """Index of [prompt, ..., position] entries where mask [prompt, position] holds, for an array of n_dims with metric."""
+    prompts, positions = mask.nonzero()
+    return (prompts, *([slice(None)] * (n_dims - 3)), positions)
+
+
+def _grid(site: Site, pairs: PromptPairs, cfg, positions: Positions, neurons, window: int) -> Grid:
+    width = pairs.clean.shape[1]
+    chosen_neurons = None
+    if site.name == "neuron":
+        if not neurons:
+            raise SiteError('site "neuron" needs neurons=["m3.n17", ...]: which ones to patch')
+        chosen_neurons = tuple(parse_node(n, cfg) for n in neurons)
+        if wrong := [n for n in chosen_neurons if n.kind != "neuron"]:
+            raise SiteError(f"{wrong[0]} is not a neuron")
+        if window > 1:
+            raise OptionError("windows of layers do not apply to single neurons")
+    if isinstance(positions, str):
+        one_of(positions, ("each", "all", "cells"), "choice of positions")
+        if positions == "cells" and site.name != "pattern":
+            raise OptionError(f'positions="cells" is for site "pattern", not for {site.name!r}')
+        spots = tuple(range(width)) if positions == "each" else None
+        cells = tuple((q, k) for q in range(width) for k in range(q + 1)) if positions == "cells" else None
+    else:
+        spots, cells = tuple(positions), None
+        shortest = int(pairs.lengths.min())
+        if bad := [p for p in spots if not -shortest <= p < width]:
+            raise OptionError(f"position {bad[0]} is outside the prompts ({shortest} to {width} tokens)")
+    units = None if site.unit is None or site.name == "neuron" else tuple(range(site.n_units(cfg)))
+    layers = tuple(range(cfg.n_layers - window + 1))
+    return Grid(site, layers, units, spots, cells, window, cfg.n_layers, chosen_neurons)
+
+
+def position_labels(pairs: PromptPairs, positions: Sequence[int]) -> list[str]:
+    """`"9:␣John*"` for each position: number, token with visible spaces, and a star where prompts have other tokens."""
+    labels = []
+    for p in positions:
+        if pairs.token_strings is None:
+            labels.append(str(p))
+            continue
+        seen = [row[p] for row in pairs.token_strings if -len(row) <= p < len(row)]
+        labels.append(f"{p}:{visible(seen[0])}{'*' if len(set(seen)) > 1 else ''}")
+    return labels
+
+
+def visible(token: str) -> str:
+    """A token's text with spaces and line breaks drawn."""
+    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
