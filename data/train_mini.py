@@ -30,11 +30,11 @@ from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 RECIPE = {
-    "n_windows": 64,
-    "length": 64,
+    "n_windows": 32,
+    "length": 48,
     # Every few steps as many tokens in windows of the full context, so that late positions are trained too.
     "long_every": 4,
-    "n_long": 32,
+    "n_long": 12,
     "long_length": 128,
     "learning_rate": 2e-3,
     "warmup": 200,

@@ -107,7 +107,7 @@ def discover(
     heads = [n for n in ranking.node if n.startswith("a")][:top_heads]
     if heads:
         effects["top_heads"] = patch_nodes(model, pairs, heads, **options)
-    curve = {"metric": metric, "ablation": ablation, "seed": seed, "progress": progress}
+    curve = {"metric": metric, "ablation": ablation, "batch_size": batch_size, "seed": seed, "progress": progress}
     faithfulness = node_faithfulness(model, pairs, list(ranking.node), **curve)
     shuffled = list(np.random.default_rng(seed).permutation(ranking.node.to_numpy()))
     random_faithfulness = node_faithfulness(

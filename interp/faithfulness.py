@@ -8,7 +8,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from interp.errors import OptionError, one_of
-from interp.interventions import Patch, PatchedRuns
+from interp.interventions import Patch, PatchedRuns, mean_values
 from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
 from interp.patching import metric_attrs
@@ -17,12 +17,14 @@ from interp.sites import component_nodes, parse_node
 from interp.statistics import bootstrap_mean
 from interp.tasks.pairs import PromptPairs
 
-ABLATIONS = {"corrupt": "other", "zero": "zero", "mean": "mean"}
+ABLATIONS = ("corrupt", "zero", "mean")
+_SITES = ("head", "mlp_out")
 
 
 def node_faithfulness(
     model, pairs: PromptPairs, ranking: Sequence[str], *, sizes: Sequence[int] | None = None,
-    metric: str | Metric = "logit_diff", ablation: str = "corrupt", seed: int = 0, progress: bool = False,
+    metric: str | Metric = "logit_diff", ablation: str = "corrupt",
+    batch_size: int | None = None, seed: int = 0, progress: bool = False,
 ) -> xr.Dataset:  # fmt: skip
     """Recovered metric by circuit size: the clean run with only the first n nodes of a ranking left as they are.
 
@@ -46,24 +48,34 @@ def node_faithfulness(
     sizes = default_sizes(len(nodes)) if sizes is None else sorted(set(sizes))
     if bad := [n for n in sizes if not 0 <= n <= len(nodes)]:
         raise OptionError(f"cannot keep {bad[0]} of {len(nodes)} ranked nodes")
-    runs = PatchedRuns(model, pairs, base="clean", sites=("head", "mlp_out"), source=ABLATIONS[ablation])
-    runs.check()
-    clean_logits = runs.plain("clean")
-    clean, corrupt = (metric(x, pairs, clean_logits).cpu().double() for x in (clean_logits, runs.plain("corrupt")))
-    columns = []
-    for n in tqdm(sizes, desc="faithfulness", unit="run", disable=None if progress else True, leave=False):
-        outside = [node for node in everything if node not in set(nodes[:n])]
-        logits = runs.patched(tuple(Patch.of_node(node) for node in outside)) if outside else clean_logits
-        columns.append(metric(logits, pairs, clean_logits).cpu().double())
-    values = torch.stack(columns, 1).numpy()
+    chunks = pairs.chunks(batch_size)
+    source = {"corrupt": "other", "zero": "zero"}.get(ablation) or mean_values(chunks, model, "corrupt", _SITES)
+    rows, clean, corrupt = [], [], []
+    with tqdm(
+        total=len(chunks) * len(sizes), desc="faithfulness", unit="run", disable=None if progress else True, leave=False
+    ) as bar:
+        for chunk in chunks:
+            runs = PatchedRuns(model, chunk, base="clean", sites=_SITES, source=source)
+            runs.check()
+            clean_logits = runs.plain("clean")
+            clean.append(metric(clean_logits, chunk, clean_logits))
+            corrupt.append(metric(runs.plain("corrupt"), chunk, clean_logits))
+            columns = []
+            for n in sizes:
+                kept = set(nodes[:n])
+                outside = tuple(Patch.of_node(node) for node in everything if node not in kept)
+                columns.append(metric(runs.patched(outside), chunk, clean_logits))
+                bar.update()
+            rows.append(torch.stack(columns, 1))
+    values, clean, corrupt = (torch.cat(part).double().cpu().numpy() for part in (rows, clean, corrupt))
     gap = float((clean - corrupt).mean())
-    recovered, low, high = bootstrap_mean((values - corrupt.numpy()[:, None]) / (gap or np.nan), seed=seed)
+    recovered, low, high = bootstrap_mean((values - corrupt[:, None]) / (gap or np.nan), seed=seed)
     return xr.Dataset(
         {
             "value": (("prompt", "n"), values),
             "recovered": ("n", recovered),
-            "low": ("n", np.minimum(low, high)),
-            "high": ("n", np.maximum(low, high)),
+            "low": ("n", low),
+            "high": ("n", high),
             "node": ("n", ["" if n == 0 else str(nodes[n - 1]) for n in sizes]),
         },
         coords={"n": sizes, "prompt": range(len(pairs))},

@@ -19,8 +19,7 @@ from interp.model.transformer import Transformer
 from interp.sites import Node, get_site
 from interp.tasks.pairs import PromptPairs
 
-Source = Literal["other", "zero", "mean"]
-SOURCES = ("other", "zero", "mean")
+Values = dict[str, Tensor]  # by hook name, each [prompt, ...] or [1, ...] for all prompts alike
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,39 @@ class PatchedRuns:
     """Interventions on one set of pairs.
 
     base: the run that is changed ("clean" or "corrupt"). source: where replaced values come from: the "other" run,
-    "zero", or the "mean" of the other run over prompts, position by position.
+    "zero", or values by hook name (see `mean_values`).
     sites: the sites that interventions will touch; their source values are recorded here, once.
     """
 
     def __init__(
-        self, model, pairs: PromptPairs, *, base: Literal["clean", "corrupt"], sites: Iterable[str],
-        layers: Iterable[int] | None = None, source: Source = "other",
-    ):  # fmt: skip
+        self,
+        model,
+        pairs: PromptPairs,
+        *,
+        base: Literal["clean", "corrupt"],
+        sites: Iterable[str],
+        layers: Iterable[int] | None = None,
+        source: Literal["other", "zero"] | Values = "other",
+    ):
         self.model, self.pairs, self.base = model, pairs, base
         self.cfg = config_of(model)
         self.other = "corrupt" if base == "clean" else "clean"
-        one_of(source, SOURCES, "source of patched values")
         layers = list(range(self.cfg.n_layers)) if layers is None else list(layers)
         self.sites = {name: get_site(name, self.cfg) for name in sites}
         names = [site.hook(layer) for site in self.sites.values() for layer in layers]
+        if isinstance(source, dict):
+            self.source_values = {name: source[name].expand(len(pairs), *source[name].shape[1:]) for name in names}
+            return
+        one_of(source, ("other", "zero"), "source of patched values")
         self.source_values = record(model, pairs.tokens(self.other), names, pairs.hooks(self.other))
         if source == "zero":
-            self.source_values = {n: torch.zeros_like(v) for n, v in self.source_values.items()}
-        elif source == "mean":
-            self.source_values = {n: v.mean(0, keepdim=True).expand_as(v) for n, v in self.source_values.items()}
+            self.source_values = {name: torch.zeros_like(value) for name, value in self.source_values.items()}
 
     def plain(self, side: str) -> Float[Tensor, "prompt d_vocab"]:
         """Logits of the unpatched "clean" or "corrupt" run."""
         return logits_at(self.model, self.pairs.tokens(side), self.pairs.read_at, self.pairs.hooks(side))
 
-    def patched(self, intervention: Intervention, values: dict[str, Tensor] | None = None) -> Tensor:
+    def patched(self, intervention: Intervention, values: Values | None = None) -> Float[Tensor, "prompt d_vocab"]:
         """Logits [prompt, d_vocab] of the base run with these places replaced, all at once."""
         values = self.source_values if values is None else values
         by_hook: dict[str, list[Patch]] = {}
@@ -137,3 +143,28 @@ class PatchedRuns:
                 index[0] = torch.arange(len(self.pairs), device=self.pairs.clean.device)
                 index[axis] = self.pairs.lengths + position
         return tuple(index)
+
+
+def mean_values(
+    chunks: Sequence[PromptPairs], model, side: Literal["clean", "corrupt"], sites: Iterable[str]
+) -> Values:
+    """Mean activation over prompts at each position, padding left out: {hook name: [1, ...]}, for `PatchedRuns(source=)`.
+
+    chunks: the pairs, in one piece or several; the mean is over all of them. A position that is padding in every
+    prompt has mean 0.
+    """
+    cfg = config_of(model)
+    hooks = {get_site(name, cfg).hook(layer): get_site(name, cfg) for name in sites for layer in range(cfg.n_layers)}
+    totals: Values = {}
+    counts = sum(chunk.is_token.sum(0) for chunk in chunks).clamp_min(1)
+    for chunk in chunks:
+        for name, value in record(model, chunk.tokens(side), hooks, chunk.hooks(side)).items():
+            shape = [1] * value.ndim
+            shape[0], shape[hooks[name].position_axis] = chunk.is_token.shape
+            total = (value * chunk.is_token.reshape(shape)).sum(0, keepdim=True)
+            totals[name] = totals.get(name, 0) + total
+    for name, total in totals.items():
+        shape = [1] * total.ndim
+        shape[hooks[name].position_axis] = len(counts)
+        totals[name] = total / counts.reshape(shape)
+    return totals

@@ -74,7 +74,7 @@ def activation_patching(
     grids = [_grid(get_site(name, cfg), pairs, cfg, positions, neurons, window) for name in names]
 
     base = DIRECTIONS[direction]
-    chunks = _chunks(pairs, batch_size)
+    chunks = pairs.chunks(batch_size)
     total = len(chunks) * sum(grid.n_runs for grid in grids)
     clean_values, corrupt_values, scores = [], [], [[] for _ in grids]
     with tqdm(total=total, desc="patching", unit="run", disable=None if progress else True, leave=False) as bar:
@@ -106,7 +106,7 @@ def activation_patching(
         values = torch.cat(found, 1)  # [metric, prompt, cell]
         if normalize:
             values = values / torch.where(gap.abs() > 0, gap, torch.nan)[..., None]
-        for name, array in grid.label(values, metrics if several else None, pairs, cfg):
+        for name, array in grid.label(values, metrics if several else None, pairs):
             about = {"metric_clean": clean_value, "metric_corrupt": corrupt_value}
             dims = ("metric", "prompt") if several else ("prompt",)
             coords = {k: (dims, (v if several else v[0]).numpy()) for k, v in about.items()}
@@ -125,8 +125,9 @@ def patch_nodes(
     parsed = [parse_node(node, cfg) for node in nodes]
     cells = [(Patch.of_node(node, position),) for node in parsed for position in range(width)]
     rows, sites = [], {node.site.name for node in parsed}
-    for chunk in _chunks(pairs, batch_size):
+    for chunk in pairs.chunks(batch_size):
         runs = PatchedRuns(model, chunk, base=DIRECTIONS[direction], sites=sites, layers={n.layer for n in parsed})
+        runs.check()
         clean_logits = runs.plain("clean")
         base = metric(runs.plain(runs.base), chunk, clean_logits)
         found = tqdm(
@@ -142,14 +143,6 @@ def patch_nodes(
     attrs = {"method": "activation_patching", "engine": "hooks", "direction": direction, "site": "nodes",
              **metric_attrs([metric], direction), **provenance(model, pairs)}  # fmt: skip
     return xr.DataArray(values, dims=("prompt", "node", "position"), coords=coords, attrs=attrs)
-
-
-def _chunks(pairs: PromptPairs, batch_size: int | None) -> list[PromptPairs]:
-    if batch_size is None:
-        return [pairs]
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be at least 1, not {batch_size}")
-    return [pairs.take(slice(i, i + batch_size)) for i in range(0, len(pairs), batch_size)]
 
 
 def metric_attrs(metrics: Sequence[Metric], direction: str, normalize: bool = False) -> dict[str, str]:
@@ -215,64 +208,51 @@ class Grid:
                 for place in self.places:
                     yield tuple(Patch(name, layer, **place) for layer in range(first, first + self.window))
 
-    def label(self, values: Tensor, metrics, pairs: PromptPairs, cfg) -> Iterator[tuple[str, xr.DataArray]]:
+    def label(self, values: Tensor, metrics, pairs: PromptPairs) -> Iterator[tuple[str, xr.DataArray]]:
         """Named DataArrays from values [metric, prompt, cell] in the order of `interventions`."""
         lead = values.shape[:2]
         n_single = self.n_layers * len(self.places) if self.neurons is None else values.shape[-1]
         single = values[..., :n_single]
         if self.neurons is not None or self.window == 1:
-            yield self.site.variable, self._array(single.numpy(), metrics, pairs, cfg)
+            yield self.site.variable, self._array(single.numpy(), metrics, pairs)
             return
         joint = values[..., n_single:]
         single = single.reshape(*lead, self.n_layers, -1)
         summed = torch.stack([single[:, :, first : first + self.window].sum(2) for first in self.layers], 2)
-        yield self.site.variable, self._array(joint.numpy(), metrics, pairs, cfg)
-        yield f"{self.site.variable}_summed", self._array(summed.reshape(*lead, -1).numpy(), metrics, pairs, cfg)
+        yield self.site.variable, self._array(joint.numpy(), metrics, pairs)
+        yield f"{self.site.variable}_summed", self._array(summed.reshape(*lead, -1).numpy(), metrics, pairs)
 
-    def _array(self, values: np.ndarray, metrics, pairs: PromptPairs, cfg) -> xr.DataArray:
-        dims, sizes, coords = ["metric", "prompt"], list(values.shape[:2]), {}
+    def _array(self, values: np.ndarray, metrics, pairs: PromptPairs) -> xr.DataArray:
+        coords: dict = {"metric": None, "prompt": range(len(pairs))}
         if self.neurons is not None:
-            dims, sizes = [*dims, "neuron"], [*sizes, len(self.neurons)]
             coords["neuron"] = [str(n) for n in self.neurons]
         else:
-            dims, sizes = [*dims, "layer"], [*sizes, len(self.layers)]
             coords["layer"] = list(self.layers)
             if self.units is not None:
-                dims, sizes = [*dims, self.site.unit], [*sizes, len(self.units)]
                 coords[self.site.unit] = list(self.units)
-                if self.site.name == "head":
-                    coords["node"] = (
-                        ("layer", "head"),
-                        [[str(Node("head", a, h)) for h in self.units] for a in self.layers],
-                    )
+        sizes = [*values.shape[:2], *(len(v) for name, v in coords.items() if name not in ("metric", "prompt"))]
         if self.cells is not None:
             width = pairs.clean.shape[1]
             full = np.full((*sizes, width, width), np.nan, dtype=values.dtype)
             queries, keys = zip(*self.cells, strict=True)
             full[..., list(queries), list(keys)] = values.reshape(*sizes, len(self.cells))
-            values, dims = full, [*dims, "position", "source"]
-            coords |= {"position": range(width), "source": range(width)}
+            values, coords = full, coords | {"position": range(width), "source": range(width)}
         elif self.positions is not None:
-            dims, sizes = [*dims, "position"], [*sizes, len(self.positions)]
-            coords["position"] = list(self.positions)
-            values = values.reshape(sizes).copy()
-            beyond = np.array([[p >= int(n) for p in self.positions] for n in pairs.lengths])
-            values[(slice(None), *_rows_at(beyond, len(dims)))] = np.nan
-        array = xr.DataArray(values.reshape([*sizes, *values.shape[len(sizes) :]]), dims=dims, coords=coords)
-        array = array.assign_coords(prompt=range(len(pairs)))
-        for dim in ("position", "source"):
+            values, coords = values.reshape(*sizes, len(self.positions)), coords | {"position": list(self.positions)}
+        else:
+            values = values.reshape(sizes)
+        coords["metric"] = range(values.shape[0]) if metrics is None else [m.name for m in metrics]
+        array = xr.DataArray(values, dims=tuple(coords), coords=coords)
+        if self.site.name == "head":
+            nodes = [[str(Node("head", layer, head)) for head in self.units] for layer in self.layers]
+            array = array.assign_coords(node=(("layer", "head"), nodes))
+        for dim, name in (("position", "token"), ("source", "source_token")):
             if dim in array.dims:
-                labels = position_labels(pairs, array[dim].values.tolist())
-                array = array.assign_coords({"token" if dim == "position" else "source_token": (dim, labels)})
-        if metrics is None:
-            return array.isel(metric=0)
-        return array.assign_coords(metric=[m.name for m in metrics])
-
-
-def _rows_at(mask: np.ndarray, n_dims: int) -> tuple:
-    """Index of [prompt, ..., position] entries where mask [prompt, position] holds, for an array of n_dims with metric."""
-    prompts, positions = mask.nonzero()
-    return (prompts, *([slice(None)] * (n_dims - 3)), positions)
+                array = array.assign_coords({name: (dim, position_labels(pairs, array[dim].values.tolist()))})
+        if "position" in array.dims:
+            exists = array.position < xr.DataArray(pairs.lengths.cpu().numpy(), dims="prompt")
+            array = array.where(exists)  # padding is no place: NaN, not 0
+        return array.isel(metric=0, drop=True) if metrics is None else array
 
 
 def _grid(site: Site, pairs: PromptPairs, cfg, positions: Positions, neurons, window: int) -> Grid:
@@ -310,7 +290,8 @@ def position_labels(pairs: PromptPairs, positions: Sequence[int]) -> list[str]:
             labels.append(str(p))
             continue
         seen = [row[p] for row in pairs.token_strings if -len(row) <= p < len(row)]
-        labels.append(f"{p}:{visible(seen[0])}{'*' if len(set(seen)) > 1 else ''}")
+        text = visible(seen[0]) if seen else "(padding)"
+        labels.append(f"{p}:{text}{'*' if len(set(seen)) > 1 else ''}")
     return labels
 
 

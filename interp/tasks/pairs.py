@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.errors import TaskError
+from interp.errors import OptionError, TaskError
 from interp.metrics import name_some
 from interp.model import tokens as tok
 
@@ -105,6 +105,14 @@ class PromptPairs:
             strings = tuple(strings[i] for i in index)
         tensors = ("clean", "corrupt", "answers", "wrong_answers", "lengths", "embedding_noise", "noise_mask")
         return replace(self, **{name: pick(getattr(self, name)) for name in tensors}, token_strings=strings)
+
+    def chunks(self, size: int | None) -> list["PromptPairs"]:
+        """The pairs in pieces of at most `size` prompts (None: one piece)."""
+        if size is None:
+            return [self]
+        if size < 1:
+            raise OptionError(f"a batch needs at least 1 prompt, not {size}")
+        return [self.take(slice(i, i + size)) for i in range(0, len(self), size)]
 
     def hooks(self, side: str) -> list[tuple[str, Any]]:
         """Forward hooks that make a run on `tokens(side)` the clean or the corrupt run."""
