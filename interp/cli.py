@@ -55,8 +55,8 @@ class Behaviour:
         """The model and its prompt pairs."""
         from interp.model.load import load_model
         from interp.tasks.corrupt import KINDS, corrupt
-        from interp.tasks.files import read_pairs
         from interp.tasks.named import get_task, load_task
+        from interp.tasks.pairs import PromptPairs
 
         if self.pairs is None:
             get_task(self.task)  # before minutes are spent on loading a model
@@ -66,7 +66,7 @@ class Behaviour:
                 self.task, model, n=self.n, seed=self.seed, corruption=self.corruption, template=self.template
             )
         else:
-            pairs = read_pairs(self.pairs, model, n=self.n)
+            pairs = PromptPairs.from_file(self.pairs, model, n=self.n)
             if self.corruption is not None:
                 from interp.errors import TaskError, one_of
 

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from interp.errors import one_of
+from interp.errors import name_some, one_of
 from interp.faithfulness import ABLATIONS, node_faithfulness
-from interp.metrics import METRICS, Metric, get_metric, name_some
+from interp.metrics import METRICS, Metric, get_metric
 from interp.model.run import config_of, logits_at
 from interp.model.tokens import token_strings
 from interp.patching import DIRECTIONS, activation_patching, patch_nodes

@@ -46,3 +46,9 @@ def one_of(value: str, allowed, what: str, error: type[InterpError] = OptionErro
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise error(f"{value!r} is not a {what} (choose from {', '.join(allowed)}){hint}")
+
+
+def name_some(items: list, limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.errors import MetricError, one_of
+from interp.errors import MetricError, name_some, one_of
 
 if TYPE_CHECKING:
     from interp.tasks.pairs import PromptPairs
@@ -53,12 +53,6 @@ class Metric:
             bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
             raise MetricError(f"metric {self.name} is not finite on prompts {name_some(bad)}")
         return values
-
-
-def name_some(items: list, limit: int = 5) -> str:
-    """The first few of a list, and how many more there are."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(map(str, items[:limit])) + more
 
 
 def _mean_logit(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Values:

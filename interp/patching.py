@@ -21,9 +21,9 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.errors import OptionError, SiteError, one_of
+from interp.errors import OptionError, SiteError, name_some, one_of
 from interp.interventions import Intervention, Patch, PatchedRuns
-from interp.metrics import Metric, get_metric, name_some
+from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
 from interp.provenance import provenance
 from interp.sites import Node, Site, get_site, parse_node

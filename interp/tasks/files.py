@@ -10,7 +10,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from interp.errors import TaskError
 
@@ -23,24 +23,21 @@ _RENAMES = {
 _TOKEN_IDS = ("correct_idx", "incorrect_idx")
 
 
-def read_pairs(
-    path: str | Path, model, *, kind: str | None = None, corrupt_column: str | None = None, n: int | None = None,
-    **about: Any,
-):  # fmt: skip
-    """`PromptPairs` from a file. `kind` is "csv" or "json" (default: by the file's ending).
+def read_columns(
+    path: str | Path, *, d_vocab: int, kind: Literal["csv", "json"] | None = None, corrupt_column: str | None = None,
+    n: int | None = None,
+) -> dict[str, list]:  # fmt: skip
+    """clean, corrupt, answers and (if there are any) wrong_answers, one item per row, as `PromptPairs.from_text` takes them.
 
-    corrupt_column: use another column as the corrupt prompt (EAP-IG's "corrupted_hard"). n: only the first n rows.
     Raises `TaskError` naming the file and the line for whatever cannot be used.
     """
-    from interp.tasks.pairs import PromptPairs
-
     path = Path(path)
     kind = kind or ("csv" if path.suffix.lower() == ".csv" else "json")
     columns: dict[str, list] = {"clean": [], "corrupt": [], "answers": [], "wrong_answers": []}
     for line, record in _records(path, kind):
         if n is not None and len(columns["clean"]) == n:
             break
-        row = _row(record, path, line, corrupt_column, model)
+        row = _row(record, path, line, corrupt_column, d_vocab)
         for name, values in columns.items():
             values.append(row.get(name))
     if not columns["clean"]:
@@ -49,11 +46,7 @@ def read_pairs(
         del columns["wrong_answers"]
     elif None in columns["wrong_answers"]:
         raise TaskError(f"{path} has wrong answers for some pairs only")
-    about = {"name": path.stem, "metric": "logit_diff" if "wrong_answers" in columns else "log_probability", **about}
-    try:
-        return PromptPairs.from_text(model, **columns, **about)
-    except TaskError as error:
-        raise TaskError(f"{path}: {error}") from error
+    return columns
 
 
 def _records(path: Path, kind: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -85,7 +78,7 @@ def _records(path: Path, kind: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 raise TaskError(f"{path} line {number}: not valid JSON ({error.msg}; cut short?)") from error
 
 
-def _row(record: Any, path: Path, line: int, corrupt_column: str | None, model) -> dict[str, Any]:
+def _row(record: Any, path: Path, line: int, corrupt_column: str | None, d_vocab: int) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise TaskError(f"{path} line {line}: expected an object with named fields, got {type(record).__name__}")
     if corrupt_column is not None and corrupt_column not in record:
@@ -94,7 +87,7 @@ def _row(record: Any, path: Path, line: int, corrupt_column: str | None, model) 
     for name, value in record.items():
         target = _RENAMES.get(name, name)
         if name in _TOKEN_IDS:
-            value = _token_id(value, name, path, line, model)
+            value = _token_id(value, name, path, line, d_vocab)
         row.setdefault(target, value)
     if corrupt_column is not None:
         row["corrupt"] = record[corrupt_column]
@@ -106,14 +99,14 @@ def _row(record: Any, path: Path, line: int, corrupt_column: str | None, model) 
     return row
 
 
-def _token_id(value: Any, name: str, path: Path, line: int, model) -> int:
+def _token_id(value: Any, name: str, path: Path, line: int, d_vocab: int) -> int:
     try:
         token = int(value)
     except (TypeError, ValueError):
         raise TaskError(f"{path} line {line}: {name} {value!r} is not a token id") from None
-    if not 0 <= token < model.cfg.d_vocab:
+    if not 0 <= token < d_vocab:
         raise TaskError(
-            f"{path} line {line}: {name} {token} is not in this model's vocabulary of {model.cfg.d_vocab}; "
+            f"{path} line {line}: {name} {token} is not in this model's vocabulary of {d_vocab}; "
             "the file was written for another tokenizer"
         )
     return token

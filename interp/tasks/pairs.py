@@ -16,15 +16,16 @@ Answers are written as typed after the prompt, leading space included. Several r
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.errors import OptionError, TaskError
-from interp.metrics import name_some
+from interp.errors import OptionError, TaskError, name_some
 from interp.model import tokens as tok
+from interp.tasks.files import read_columns
 
 Answer = str | int | Sequence[str | int]
 
@@ -175,18 +176,31 @@ class PromptPairs:
         )
 
     @classmethod
-    def from_csv(cls, path, model, **options: Any) -> "PromptPairs":
-        """Pairs from a CSV file with a header; see `interp.tasks.files` for the columns that are understood."""
-        from interp.tasks.files import read_pairs
+    def from_file(
+        cls, path, model, *, kind: Literal["csv", "json"] | None = None, corrupt_column: str | None = None,
+        n: int | None = None, **about: Any,
+    ) -> "PromptPairs":  # fmt: skip
+        """Pairs from a CSV or JSON(L) file; `interp.tasks.files` says which columns are understood.
 
-        return read_pairs(path, model, kind="csv", **options)
+        kind: by the file's ending if not given. corrupt_column: use another column as the corrupt prompt (EAP-IG's
+        "corrupted_hard"). n: only the first n rows. Raises `TaskError` naming the file and the line.
+        """
+        columns = read_columns(path, kind=kind, corrupt_column=corrupt_column, n=n, d_vocab=model.cfg.d_vocab)
+        metric = "logit_diff" if "wrong_answers" in columns else "log_probability"
+        try:
+            return cls.from_text(model, **columns, **{"name": Path(path).stem, "metric": metric, **about})
+        except TaskError as error:
+            raise TaskError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_csv(cls, path, model, **options: Any) -> "PromptPairs":
+        """`from_file` for a CSV file with a header."""
+        return cls.from_file(path, model, kind="csv", **options)
 
     @classmethod
     def from_jsonl(cls, path, model, **options: Any) -> "PromptPairs":
-        """Pairs from JSON lines, or from one JSON array; see `interp.tasks.files` for the keys."""
-        from interp.tasks.files import read_pairs
-
-        return read_pairs(path, model, kind="json", **options)
+        """`from_file` for JSON lines, or for one JSON array."""
+        return cls.from_file(path, model, kind="json", **options)
 
 
 def _listed(value: Any) -> list:
