@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 import xarray as xr
-from tqdm.auto import tqdm
 
 from interp.errors import OptionError, one_of
-from interp.interventions import Patch, PatchedRuns, mean_values
+from interp.exact import exact_scores
+from interp.interventions import Patch
 from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
 from interp.patching import metric_attrs
@@ -18,7 +17,6 @@ from interp.statistics import bootstrap_mean
 from interp.tasks.pairs import PromptPairs
 
 ABLATIONS = ("corrupt", "zero", "mean")
-_SITES = ("head", "mlp_out")
 
 
 def node_faithfulness(
@@ -48,26 +46,19 @@ def node_faithfulness(
     sizes = default_sizes(len(nodes)) if sizes is None else sorted(set(sizes))
     if bad := [n for n in sizes if not 0 <= n <= len(nodes)]:
         raise OptionError(f"cannot keep {bad[0]} of {len(nodes)} ranked nodes")
-    chunks = pairs.chunks(batch_size)
-    source = {"corrupt": "other", "zero": "zero"}.get(ablation) or mean_values(chunks, model, "corrupt", _SITES)
-    rows, clean, corrupt = [], [], []
-    with tqdm(
-        total=len(chunks) * len(sizes), desc="faithfulness", unit="run", disable=None if progress else True, leave=False
-    ) as bar:
-        for chunk in chunks:
-            runs = PatchedRuns(model, chunk, base="clean", sites=_SITES, source=source)
-            runs.check()
-            clean_logits = runs.plain("clean")
-            clean.append(metric(clean_logits, chunk, clean_logits))
-            corrupt.append(metric(runs.plain("corrupt"), chunk, clean_logits))
-            columns = []
-            for n in sizes:
-                kept = set(nodes[:n])
-                outside = tuple(Patch.of_node(node) for node in everything if node not in kept)
-                columns.append(metric(runs.patched(outside), chunk, clean_logits))
-                bar.update()
-            rows.append(torch.stack(columns, 1))
-    values, clean, corrupt = (torch.cat(part).double().cpu().numpy() for part in (rows, clean, corrupt))
+    kept = [set(nodes[:n]) for n in sizes]
+    scores = exact_scores(
+        model,
+        pairs,
+        [tuple(Patch.of_node(node) for node in everything if node not in keep) for keep in kept],
+        metrics=[metric],
+        base="clean",
+        source="other" if ablation == "corrupt" else ablation,
+        batch_size=batch_size,
+        progress=progress,
+        title="faithfulness",
+    )
+    values, clean, corrupt = (part[0].double().numpy() for part in (scores.patched, scores.clean, scores.corrupt))
     gap = float((clean - corrupt).mean())
     recovered, low, high = bootstrap_mean((values - corrupt[:, None]) / (gap or np.nan), seed=seed)
     return xr.Dataset(

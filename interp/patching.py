@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp.errors import OptionError, SiteError, name_some, one_of
-from interp.interventions import Intervention, Patch, PatchedRuns
+from interp.exact import exact_scores
+from interp.interventions import Intervention, Patch
 from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
 from interp.provenance import provenance
@@ -30,7 +30,6 @@ from interp.sites import Node, Site, get_site, parse_node
 from interp.tasks.pairs import PromptPairs
 
 DIRECTIONS = {"denoise": "corrupt", "noise": "clean"}  # the run that is changed
-ENGINES = ("hooks",)
 Positions = Literal["each", "all", "cells"] | Sequence[int]
 
 
@@ -59,10 +58,10 @@ def activation_patching(
     those names belong to axes. Padding is NaN. Coordinates carry token strings, node ids, and each prompt's metric
     on the clean and the corrupt run; attrs say how the scores were made.
 
-    Every call checks that each hook fired and that patching a run with itself changes nothing; `PatchError` otherwise.
+    engine: "hooks" makes one forward pass per cell. Every call checks that each hook fired and that patching a run with
+        itself changes nothing; `PatchError` otherwise.
     """
     one_of(direction, DIRECTIONS, "direction")
-    one_of(engine, ENGINES, "engine")
     several = not isinstance(metric, str | Metric) and isinstance(metric, Sequence)
     metrics = [get_metric(m) for m in (metric if several else [metric])]
     names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
@@ -72,45 +71,27 @@ def activation_patching(
     if not 1 <= window <= cfg.n_layers:
         raise OptionError(f"window {window} is not between 1 and the model's {cfg.n_layers} layers")
     grids = [_grid(get_site(name, cfg), pairs, cfg, positions, neurons, window) for name in names]
-
-    base = DIRECTIONS[direction]
-    chunks = pairs.chunks(batch_size)
-    total = len(chunks) * sum(grid.n_runs for grid in grids)
-    clean_values, corrupt_values, scores = [], [], [[] for _ in grids]
-    with tqdm(total=total, desc="patching", unit="run", disable=None if progress else True, leave=False) as bar:
-        for chunk in chunks:
-            runs = PatchedRuns(model, chunk, base=base, sites=names)
-            runs.check()
-            clean_logits = runs.plain("clean")
-            score = lambda logits: torch.stack([m(logits, chunk, clean_logits) for m in metrics])  # noqa: E731, B023
-            clean_values.append(score(clean_logits))
-            corrupt_values.append(score(runs.plain("corrupt")))
-            base_values = (clean_values if base == "clean" else corrupt_values)[-1]
-            for grid, found in zip(grids, scores, strict=True):
-                columns = []
-                for logits in runs.run(grid.interventions()):
-                    columns.append((score(logits) - base_values).cpu())
-                    bar.update()
-                found.append(torch.stack(columns, -1))
-
-    clean_value, corrupt_value = torch.cat(clean_values, 1).cpu(), torch.cat(corrupt_values, 1).cpu()
-    gap = clean_value - corrupt_value
+    interventions = [list(grid.interventions()) for grid in grids]
+    scores = exact_scores(
+        model, pairs, [i for chosen in interventions for i in chosen], metrics=metrics, base=DIRECTIONS[direction], engine=engine,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    effects, gap = scores.effects, scores.clean - scores.corrupt
     warn_small_gap(gap[0], metrics[0].name)
+    if normalize:
+        effects = effects / torch.where(gap.abs() > 0, gap, torch.nan)[..., None]
     attrs = {
         "method": "activation_patching", "engine": engine, "direction": direction,
         "normalized": int(normalize), "positions": positions if isinstance(positions, str) else str(list(positions)),
         "window": window, **metric_attrs(metrics, direction, normalize), **provenance(model, pairs),
     }  # fmt: skip
+    per_prompt = {"metric_clean": scores.clean, "metric_corrupt": scores.corrupt}
+    dims = ("metric", "prompt") if several else ("prompt",)
+    baselines = {name: (dims, (v if several else v[0]).numpy()) for name, v in per_prompt.items()}
     arrays: dict[str, xr.DataArray] = {}
-    for grid, found in zip(grids, scores, strict=True):
-        values = torch.cat(found, 1)  # [metric, prompt, cell]
-        if normalize:
-            values = values / torch.where(gap.abs() > 0, gap, torch.nan)[..., None]
+    for grid, values in zip(grids, effects.split([len(i) for i in interventions], -1), strict=True):
         for name, array in grid.label(values, metrics if several else None, pairs):
-            about = {"metric_clean": clean_value, "metric_corrupt": corrupt_value}
-            dims = ("metric", "prompt") if several else ("prompt",)
-            coords = {k: (dims, (v if several else v[0]).numpy()) for k, v in about.items()}
-            arrays[name] = array.assign_coords(coords).assign_attrs(attrs | {"site": grid.site.name})
+            arrays[name] = array.assign_coords(baselines).assign_attrs(attrs | {"site": grid.site.name})
     if len(arrays) == 1:
         return next(iter(arrays.values()))
     return xr.Dataset(arrays, attrs=attrs)
@@ -118,31 +99,25 @@ def activation_patching(
 
 def patch_nodes(
     model, pairs: PromptPairs, nodes: Sequence[str], *, metric: str | Callable | Metric = "logit_diff",
-    direction: Literal["denoise", "noise"] = "denoise", batch_size: int | None = None, progress: bool = False,
+    direction: Literal["denoise", "noise"] = "denoise", engine: Literal["hooks"] = "hooks",
+    batch_size: int | None = None, progress: bool = False,
 ) -> xr.DataArray:  # fmt: skip
     """Exact effect of a few nodes' outputs position by position: [prompt, node, position]. Node ids: "a3.h2", "m5"."""
     cfg, metric, width = config_of(model), get_metric(metric), pairs.clean.shape[1]
     parsed = [parse_node(node, cfg) for node in nodes]
-    cells = [(Patch.of_node(node, position),) for node in parsed for position in range(width)]
-    rows, sites = [], {node.site.name for node in parsed}
-    for chunk in pairs.chunks(batch_size):
-        runs = PatchedRuns(model, chunk, base=DIRECTIONS[direction], sites=sites, layers={n.layer for n in parsed})
-        runs.check()
-        clean_logits = runs.plain("clean")
-        base = metric(runs.plain(runs.base), chunk, clean_logits)
-        found = tqdm(
-            runs.run(cells), total=len(cells), desc="nodes", unit="run", disable=None if progress else True, leave=False
-        )
-        rows.append(torch.stack([metric(logits, chunk, clean_logits) - base for logits in found], -1).cpu())
-    values = torch.cat(rows).reshape(len(pairs), len(parsed), width).numpy()
-    values[np.broadcast_to(~pairs.is_token.cpu().numpy()[:, None], values.shape)] = np.nan
+    scores = exact_scores(
+        model, pairs, [(Patch.of_node(node, position),) for node in parsed for position in range(width)],
+        metrics=[metric], base=DIRECTIONS[direction], engine=engine, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    values = scores.effects[0].reshape(len(pairs), len(parsed), width).numpy()
     coords = {
         "prompt": range(len(pairs)), "node": [str(n) for n in parsed], "position": range(width),
         "token": ("position", position_labels(pairs, range(width))),
     }  # fmt: skip
-    attrs = {"method": "activation_patching", "engine": "hooks", "direction": direction, "site": "nodes",
+    attrs = {"method": "activation_patching", "engine": engine, "direction": direction, "site": "nodes",
              **metric_attrs([metric], direction), **provenance(model, pairs)}  # fmt: skip
-    return xr.DataArray(values, dims=("prompt", "node", "position"), coords=coords, attrs=attrs)
+    array = xr.DataArray(values, dims=("prompt", "node", "position"), coords=coords, attrs=attrs)
+    return _without_padding(array, pairs)
 
 
 def metric_attrs(metrics: Sequence[Metric], direction: str, normalize: bool = False) -> dict[str, str]:
@@ -190,10 +165,6 @@ class Grid:
         else:
             spots = [{}] if self.positions is None else [{"position": p} for p in self.positions]
         return [u | s for u, s in product(units, spots)]
-
-    @property
-    def n_runs(self) -> int:
-        return sum(1 for _ in self.interventions())
 
     def interventions(self) -> Iterator[Intervention]:
         """Every single-layer (or neuron) cell, then, for windows of more than one layer, every window."""
@@ -249,10 +220,15 @@ class Grid:
         for dim, name in (("position", "token"), ("source", "source_token")):
             if dim in array.dims:
                 array = array.assign_coords({name: (dim, position_labels(pairs, array[dim].values.tolist()))})
-        if "position" in array.dims:
-            exists = array.position < xr.DataArray(pairs.lengths.cpu().numpy(), dims="prompt")
-            array = array.where(exists)  # padding is no place: NaN, not 0
+        array = _without_padding(array, pairs)
         return array.isel(metric=0, drop=True) if metrics is None else array
+
+
+def _without_padding(array: xr.DataArray, pairs: PromptPairs) -> xr.DataArray:
+    """NaN where a prompt has no such position: padding is no place, and its effect is not 0."""
+    if "position" not in array.dims:
+        return array
+    return array.where(array.position < xr.DataArray(pairs.lengths.cpu().numpy(), dims="prompt"))
 
 
 def _grid(site: Site, pairs: PromptPairs, cfg, positions: Positions, neurons, window: int) -> Grid:
