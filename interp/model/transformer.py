@@ -43,11 +43,6 @@ def _take(weights: Mapping[str, Tensor], name: str) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
-def _head_columns(w_hde: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "d_model head_d_head"]:
-    """All heads side by side: a view whenever the layout allows, so one matrix product serves all heads."""
-    return rearrange(w_hde, "h d e -> d (h e)")
-
-
 class Norm(nn.Module):
     """LayerNorm or RMSNorm; statistics in float32 at least. `hook_normalized` is before weight and bias, as in TL."""
 
@@ -86,37 +81,51 @@ class Attention(nn.Module):
             self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
 
-    @staticmethod
-    def _heads(x_btd: Tensor, w_hde: Tensor, b_he: Tensor | None) -> Float[Tensor, "batch position head d_head"]:
-        flat = F.linear(x_btd, _head_columns(w_hde).T, None if b_he is None else b_he.flatten())
+    def project(
+        self, name: Literal["q", "k", "v"], x: Float[Tensor, "... d_model"]
+    ) -> Float[Tensor, "... head d_head"]:
+        """Queries, keys or values of all heads, before any q/k norm or rotation."""
+        w_hde, b_he = getattr(self, f"W_{name.upper()}"), getattr(self, f"b_{name.upper()}")
+        # all heads side by side: a view whenever the layout allows, so that one matrix product serves all of them
+        flat = F.linear(x, rearrange(w_hde, "h d e -> (h e) d"), None if b_he is None else b_he.flatten())
         return flat.unflatten(-1, (w_hde.shape[0], w_hde.shape[2]))
 
-    def _normed(self, x_bthe: Tensor, norm: Norm | None, rules: Rules) -> Tensor:
-        if norm is None:
-            return x_bthe
-        if self.cfg.qk_norm == "head":
-            return norm(x_bthe, rules)
-        return norm(x_bthe.flatten(-2), rules).unflatten(-1, x_bthe.shape[-2:])
+    def place(
+        self,
+        name: Literal["q", "k"],
+        x_bthe: Float[Tensor, "batch position head d_head"],
+        rotation: tuple[Tensor, Tensor] | None,
+        rules: Rules,
+    ) -> Float[Tensor, "batch position head d_head"]:
+        """Queries or keys as they enter the scores: after their norm and rotation (cos, sin), where the model has them."""
+        norm = getattr(self, f"{name}_norm")
+        if norm is not None:
+            per_head = self.cfg.qk_norm == "head"
+            x_bthe = (
+                norm(x_bthe, rules) if per_head else norm(x_bthe.flatten(-2), rules).unflatten(-1, x_bthe.shape[-2:])
+            )
+        return x_bthe if rotation is None else ops.rotate(x_bthe, *rotation, self.rotary.pairs)
 
-    def _placed(self, x_bthe: Tensor, places: Places) -> Tensor:
-        if self.rotary is None:
-            return x_bthe
-        return ops.rotate(x_bthe, *places.rotations[self.rotary], self.rotary.pairs)
+    def output(self, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... d_model"]:
+        """What the heads write together: sum over heads of z W_O, plus b_O."""
+        return F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
 
     def forward(
         self, x: Float[Tensor, "batch position d_model"], places: Places, rules: Rules
     ) -> Float[Tensor, "batch position d_model"]:
-        q = self.hook_q(self._heads(x, self.W_Q, self.b_Q))
-        k = self.hook_k(self._heads(x, self.W_K, self.b_K))
-        v = self.hook_v(self._heads(x, self.W_V, self.b_V))
-        q, k = self._normed(q, self.q_norm, rules), self._normed(k, self.k_norm, rules)
+        q, k, v = (
+            self.hook_q(self.project("q", x)),
+            self.hook_k(self.project("k", x)),
+            self.hook_v(self.project("v", x)),
+        )
+        rotation = None if self.rotary is None else places.rotations[self.rotary]
+        q, k = self.place("q", q, rotation, rules), self.place("k", k, rotation, rules)
         if self.rotary is not None:
-            q, k = self.hook_rot_q(self._placed(q, places)), self.hook_rot_k(self._placed(k, places))
+            q, k = self.hook_rot_q(q), self.hook_rot_k(k)
         scores = ops.attention_scores(q, k, scale=self.scale, softcap=self.cfg.attn_softcap, rules=rules)
         scores = self.hook_attn_scores(scores.masked_fill(places.masks[self.window], -torch.inf))
         pattern = self.hook_pattern(ops.attention_pattern(scores, rules))
-        z = self.hook_z(ops.attention_mix(pattern, v, rules))
-        return F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+        return self.output(self.hook_z(ops.attention_mix(pattern, v, rules)))
 
 
 class MLP(nn.Module):
@@ -131,15 +140,21 @@ class MLP(nn.Module):
         if cfg.gated:
             self.hook_pre_linear = HookPoint()
 
+    def neurons(self, x: Float[Tensor, "... d_model"], rules: Rules) -> Float[Tensor, "... d_mlp"]:
+        """Activations of the neurons, before `hook_post`."""
+        if self.W_gate is None:
+            return rules.activation(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)), self.activation)
+        gate = rules.activation(self.hook_pre(F.linear(x, self.W_gate.T, self.b_gate)), self.activation)
+        return rules.product(gate, self.hook_pre_linear(F.linear(x, self.W_in.T, self.b_in)))
+
+    def output(self, post: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_model"]:
+        """What the neurons write together."""
+        return F.linear(post, self.W_out.T, self.b_out)
+
     def forward(
         self, x: Float[Tensor, "batch position d_model"], rules: Rules
     ) -> Float[Tensor, "batch position d_model"]:
-        if self.W_gate is None:
-            post = rules.activation(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)), self.activation)
-        else:
-            gate = rules.activation(self.hook_pre(F.linear(x, self.W_gate.T, self.b_gate)), self.activation)
-            post = rules.product(gate, self.hook_pre_linear(F.linear(x, self.W_in.T, self.b_in)))
-        return F.linear(self.hook_post(post), self.W_out.T, self.b_out)
+        return self.output(self.hook_post(self.neurons(x, rules)))
 
 
 class Block(nn.Module):
