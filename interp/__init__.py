@@ -14,8 +14,8 @@ _HOME = {
     "METRICS": "interp.metrics",
     "activation_patching": "interp.patching",
     "node_faithfulness": "interp.faithfulness",
-    "discover": "interp.discover",
-    "Discovery": "interp.discover",
+    "discover": "interp.discovery",
+    "Discovery": "interp.discovery",
 }
 
 __all__ = sorted(_HOME)

@@ -89,7 +89,7 @@ class Discover(Behaviour):
 
         check_writable(self.out)
         model, pairs = self.load()
-        from interp.discover import discover
+        from interp.discovery import discover
 
         found = discover(
             model, pairs, metric=self.metric, direction=self.direction, ablation=self.ablation,

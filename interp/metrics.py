@@ -45,6 +45,8 @@ class Metric:
         """Values [prompt], in float32 at least; `MetricError` if one of them is not finite, naming the prompts."""
         if "wrong_answers" in self.needs and pairs.wrong_answers is None:
             raise MetricError(f"metric {self.name} needs wrong answers, and these pairs have none")
+        if "clean_logits" in self.needs and clean_logits is None:
+            raise MetricError(f"metric {self.name} needs the logits of the clean run")
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         values = self.compute(wide, pairs, clean_logits)
         if values.shape != (len(pairs),):
@@ -57,7 +59,7 @@ class Metric:
 
 def _mean_logit(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Values:
     present = tokens >= 0
-    return (logits.gather(1, tokens.clamp_min(0)) * present).sum(1) / present.sum(1)
+    return logits.gather(1, tokens.clamp_min(0)).masked_fill(~present, 0).sum(1) / present.sum(1)
 
 
 def _log_mass(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Values:
@@ -79,7 +81,8 @@ def _kl_divergence(logits, pairs, clean):
 
 
 def _accuracy(logits, pairs, clean):
-    return (logits.argmax(-1, keepdim=True) == pairs.answers).any(1).to(logits.dtype)
+    right = (logits.argmax(-1, keepdim=True) == pairs.answers).any(1).to(logits.dtype)
+    return right.masked_fill(logits.isnan().any(-1), torch.nan)
 
 
 METRICS: dict[str, Metric] = {

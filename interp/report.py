@@ -14,7 +14,7 @@ from interp.files import write_atomically
 from interp.patching import visible
 
 if TYPE_CHECKING:
-    from interp.discover import Discovery
+    from interp.discovery import Discovery
 
 _STYLE = """
 :root { color-scheme: light; --ink: #24292f; --pale: #57606a; --line: #d8dee4; --wash: #f6f8fa; --mark: #fff1c2; }

@@ -1,11 +1,16 @@
 """Models and files that many tests share. Everything is built once per session and must not be changed by a test."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+# No test needs a network; without one, asking the hub would cost twenty seconds of retries. Read when the hub's library
+# is first imported, so this stands before any test is.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The models here are so small that threads cost more than they give, and other jobs may share the machine.
 torch.set_num_threads(1)

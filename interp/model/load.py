@@ -47,9 +47,7 @@ def load_model(
     everything else that is wrong with the model, its files or the network.
     """
     path = _resolve(name_or_path)
-    device = torch.device(device) if device is not None else torch.get_default_device()
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None) or _fail(f"{dtype!r} is not a torch dtype")
+    device, dtype = _device(device), _dtype(dtype)
     bridge = _boot(str(name_or_path), path, device=device, dtype=dtype, revision=revision)
     commit = getattr(bridge.original_model.config, "_commit_hash", None) or revision
     cfg = read_config(bridge, str(name_or_path) if path is None else path.name, commit)
@@ -58,8 +56,22 @@ def load_model(
     return model
 
 
-def _fail(message: str) -> None:
-    raise LoadError(message)
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.get_default_device()
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise LoadError(f"{device!r} is not a torch device: write cpu, cuda, cuda:1, mps, ...") from None
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named is not None and isinstance(named, torch.dtype) and named.is_floating_point:
+        return named
+    if dtype is None:
+        return None
+    raise LoadError(f"{dtype!r} is not a floating-point dtype of torch: write float32, bfloat16, ...")
 
 
 def _resolve(name_or_path: str | Path) -> Path | None:
@@ -85,7 +97,7 @@ def _boot(name: str, path: Path | None, *, device, dtype, revision):
     source = name if path is None else str(path)
     where = {"revision": revision} if revision else {}
     try:
-        with quiet_libraries():
+        with quiet_libraries(), torch.random.fork_rng(devices=[]):
             config = AutoConfig.from_pretrained(source, **where)
             check_supported(config)
             dtype = dtype or getattr(config, "dtype", None) or torch.float32
@@ -96,6 +108,8 @@ def _boot(name: str, path: Path | None, *, device, dtype, revision):
             if absent := sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", ()))):
                 raise LoadError(f"{source} lacks {len(absent)} weights its configuration asks for, first {absent[0]}")
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+                raise LoadError(f"{source} has no tokenizer: its files are missing or hold no vocabulary")
             from transformer_lens.model_bridge import TransformerBridge
 
             bridge = TransformerBridge.boot_transformers(
@@ -105,7 +119,7 @@ def _boot(name: str, path: Path | None, *, device, dtype, revision):
         raise
     except json.JSONDecodeError as error:
         raise LoadError(f"{source}: config.json or tokenizer is not valid JSON ({error})") from error
-    except (OSError, ValueError, KeyError, RuntimeError, Exception) as error:
+    except Exception as error:
         # Loading runs three libraries' code on files we did not write; whatever it raises is about those files.
         raise LoadError(_explain(name, path, error)) from error
     return bridge
@@ -202,6 +216,6 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
         return float("inf")
     wide = torch.promote_types(ours.dtype, torch.float32)
     a, b = ours.to(wide), theirs.to(wide)
-    seen = torch.isfinite(a)  # masked attention scores: -inf here, some other very negative number there
+    seen = ~torch.isneginf(a)  # masked attention scores: -inf here, some other very negative number there
     a, b = a[seen], b[seen]
     return ((a - b).norm() / b.norm().clamp_min(torch.finfo(wide).tiny)).item()

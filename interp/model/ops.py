@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.model.config import Rotary
@@ -88,10 +88,10 @@ def rotate(
 
 
 def causal_mask(
-    query_positions: Int[Tensor, " query"], key_positions: Int[Tensor, " key"], window: int | None
-) -> Tensor:
-    """[query, key] bool, True where attention is forbidden: later keys, and keys `window` or more positions back."""
-    distance = query_positions[:, None] - key_positions[None, :]
+    query_positions: Int[Tensor, "*rows query"], key_positions: Int[Tensor, " key"], window: int | None
+) -> Bool[Tensor, "*rows query key"]:
+    """True where attention is forbidden: later keys, and keys `window` or more positions back."""
+    distance = query_positions[..., None] - key_positions
     forbidden = distance < 0
     return forbidden if window is None else forbidden | (distance >= window)
 

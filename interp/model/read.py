@@ -36,6 +36,10 @@ def check_supported(hf_config) -> None:
         lacks.append("a mixture of experts")
     if get("state_size") or get("ssm_cfg") or get("mamba_d_state"):
         lacks.append("state-space layers")
+    if get("use_bidirectional_attention"):
+        lacks.append("bidirectional attention")
+    if get("add_cross_attention"):
+        lacks.append("cross-attention to an encoder")
     if get("is_encoder_decoder"):
         lacks.append("an encoder")
     if kind in ("bert", "roberta", "distilbert", "deberta", "deberta-v2", "electra", "modernbert"):

@@ -7,6 +7,7 @@ clean_prefix, patch_prefix, clean_answer, patch_answer              feature-circ
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def _records(path: Path, kind: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
     if kind == "csv":
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         for record in reader:
             if None in record or None in record.values():
                 raise TaskError(f"{path} line {reader.line_num}: not as many fields as the header has (cut short?)")
@@ -69,7 +70,7 @@ def _records(path: Path, kind: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         except json.JSONDecodeError as error:
             raise TaskError(f"{path} line {error.lineno}: not valid JSON ({error.msg}; cut short?)") from error
     else:
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -96,6 +97,12 @@ def _row(record: Any, path: Path, line: int, corrupt_column: str | None, d_vocab
     for name in ("clean", "corrupt", "answers"):
         if row.get(name) in (None, "", []):
             raise TaskError(f"{path} line {line}: no {name} (columns: {', '.join(map(str, record))})")
+    for name in ("clean", "corrupt", "answers", "wrong_answers"):
+        value = row.get(name)
+        parts = value if name.endswith("answers") and isinstance(value, list) else [value]
+        kinds = str | int if name.endswith("answers") else str
+        if value is not None and not all(isinstance(v, kinds) for v in parts):
+            raise TaskError(f"{path} line {line}: {name} is {value!r}, not text")
     return row
 
 

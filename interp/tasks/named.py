@@ -35,7 +35,7 @@ def load_task(
     if corruption is not None:
         one_of(corruption, [*task.corruptions, *KINDS], f"corruption of {name}", TaskError)
     text_corruption = corruption if corruption in task.corruptions else task.default_corruption
-    encode = Encoder(model.tokenizer, getattr(model.cfg, "prepend_bos", True))
+    encode = Encoder(model.tokenizer, getattr(model.cfg, "prepend_bos", True), model.cfg.d_vocab)
     rng, chosen, seen, refused = random.Random(seed), [], set(), {}
     for _ in range(50 * n + 200):
         if len(chosen) == n:

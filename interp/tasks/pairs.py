@@ -148,7 +148,7 @@ class PromptPairs:
         if not clean:
             raise TaskError("no prompts: a set of pairs needs at least one prompt")
         bos = getattr(model.cfg, "prepend_bos", getattr(model.cfg, "default_prepend_bos", True))
-        encode = Encoder(model.tokenizer, bos if prepend_bos is None else prepend_bos)
+        encode = Encoder(model.tokenizer, bos if prepend_bos is None else prepend_bos, model.cfg.d_vocab)
         rows = {"clean": [encode(t) for t in clean], "corrupt": [encode(t) for t in corrupt]}
         ragged = [i for i, (a, b) in enumerate(zip(*rows.values(), strict=True)) if len(a) != len(b)]
         if ragged:
@@ -210,8 +210,8 @@ def _listed(value: Any) -> list:
 class Encoder:
     """Text to ids for one tokenizer, refusing what a pair must not contain."""
 
-    def __init__(self, tokenizer, prepend_bos: bool):
-        self.tokenizer, self.prepend_bos = tokenizer, prepend_bos
+    def __init__(self, tokenizer, prepend_bos: bool, d_vocab: int):
+        self.d_vocab, self.tokenizer, self.prepend_bos = d_vocab, tokenizer, prepend_bos
         self.unknown = getattr(tokenizer, "unk_token_id", None)
         if self.unknown == getattr(tokenizer, "eos_token_id", None):  # GPT-2 names its end token so, and never uses it
             self.unknown = None
@@ -226,10 +226,14 @@ class Encoder:
     def answer(self, prompt: str, prompt_ids: list[int], answer: str | int) -> int:
         """The one token that `answer` adds to the prompt."""
         if isinstance(answer, int):
+            if not 0 <= answer < self.d_vocab:
+                raise TaskError(f"answer {answer} is not a token of a vocabulary of {self.d_vocab} (prompt {prompt!r})")
             return answer
         ids = self(prompt + answer)
         added = ids[len(prompt_ids) :]
         if ids[: len(prompt_ids)] != prompt_ids:
+            if answer.isdigit():  # "12" and "80" would be written as one token, but "80" can follow "12" all the same
+                return tok.single_token(self.tokenizer, answer)
             raise TaskError(f"answer {answer!r} changes how its prompt {prompt!r} is tokenized: begin it with a space?")
         if len(added) != 1:
             pieces = tok.token_strings(self.tokenizer, added)

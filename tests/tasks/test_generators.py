@@ -42,8 +42,10 @@ def example_of(name: str, corruption: str, seed: int) -> Example:
 def test_a_task_describes_itself(name: str):
     task = TASKS[name]
     assert task.name == name
-    assert "\n" not in task.summary and task.metric in ("logit_diff", "probability_diff")
-    assert task.default_corruption in task.corruptions and all(task.corruptions.values())
+    assert "\n" not in task.summary
+    assert task.metric in ("logit_diff", "probability_diff")
+    assert task.default_corruption in task.corruptions
+    assert all(task.corruptions.values())
 
 
 @pytest.mark.parametrize(("name", "corruption"), CASES)
@@ -53,7 +55,8 @@ def test_the_same_seed_gives_the_same_example(name: str, corruption: str, seed: 
     example = example_of(name, corruption, seed)
     assert example == example_of(name, corruption, seed)
     assert example.clean != example.corrupt
-    assert example.answers and example.wrong_answers
+    assert example.answers
+    assert example.wrong_answers
     assert not set(example.answers) & set(example.wrong_answers)
 
 
@@ -117,10 +120,13 @@ def test_ioi_repeats_the_subject_and_each_corruption_does_what_it_says(seed: int
     first, second, giver = names(flip.clean)
     io = flip.answers[0].strip()
     assert flip.clean == abc.clean == new.clean
-    assert {io, giver} == {first, second} and flip.wrong_answers == (f" {giver}",)
+    assert {io, giver} == {first, second}
+    assert flip.wrong_answers == (f" {giver}",)
     assert names(flip.corrupt) == [first, second, io]
-    assert names(abc.corrupt)[:2] == [first, second] and names(abc.corrupt)[2] not in (first, second)
-    assert not set(names(new.corrupt)) & {first, second} and len(set(names(new.corrupt))) == 2
+    assert names(abc.corrupt)[:2] == [first, second]
+    assert names(abc.corrupt)[2] not in (first, second)
+    assert not set(names(new.corrupt)) & {first, second}
+    assert len(set(names(new.corrupt))) == 2
     assert (names(new.corrupt)[0] == names(new.corrupt)[2]) == (first == giver)
 
 
@@ -129,7 +135,8 @@ def test_both_orders_of_ioi_occur():
     starts = [
         example.clean.find(example.answers[0]) < example.clean.find(example.wrong_answers[0]) for example in examples
     ]
-    assert any(starts) and not all(starts)
+    assert any(starts)
+    assert not all(starts)
 
 
 @given(seed=seeds)
@@ -137,7 +144,8 @@ def test_both_orders_of_ioi_occur():
 def test_greater_than_answers_are_the_later_years(seed: int):
     example = example_of("greater_than", "start_01", seed)
     century, year = re.search(r"(\d\d)(\d\d)", example.clean).groups()
-    assert example.clean.endswith(f" {century}") and re.search(rf"{century}01", example.corrupt)
+    assert example.clean.endswith(f" {century}")
+    assert re.search(rf"{century}01", example.corrupt)
     assert example.answers + example.wrong_answers == tuple(f"{y:02d}" for y in [*range(int(year) + 1, 100)]) + tuple(
         f"{y:02d}" for y in range(int(year) + 1)
     )
@@ -151,7 +159,8 @@ def test_induction_answer_follows_the_last_word_in_the_first_round(seed: int):
         *before, last = text.split()
         assert f" {before[before.index(last) + 1]}" == example[0]
     *before, last = fresh.corrupt.split()
-    assert last not in before and fresh.answers[0].strip() not in before
+    assert last not in before
+    assert fresh.answers[0].strip() not in before
 
 
 @pytest.mark.parametrize("number", ["opposite", "same"])
@@ -166,7 +175,8 @@ def test_the_attractor_number_can_be_chosen(number: str):
 
 def test_words_can_be_restricted():
     example = TASKS["ioi"].example(random.Random(0), names=("Anna", "Tom"), places=("park",), objects=("hat",))
-    assert "park" in example.clean and "hat" in example.clean
+    assert "park" in example.clean
+    assert "hat" in example.clean
     assert {*example.answers, *example.wrong_answers} == {" Anna", " Tom"}
     with pytest.raises(ValueError, match="no word is left: all of Anna are taken"):
         pick_other(random.Random(0), ("Anna",), "Anna")
