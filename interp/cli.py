@@ -122,9 +122,8 @@ class Patch(Behaviour):
         from interp.files import check_writable
 
         if self.out is not None and check_writable(self.out).suffix not in (".csv", ".parquet", ".html"):
-            raise OptionError(
-                f"cannot write {self.out.suffix or 'a file without an ending'!r}: use .csv, .parquet or .html"
-            )
+            kind = repr(self.out.suffix) if self.out.suffix else "a file without an ending"
+            raise OptionError(f"cannot write {kind}: use .csv, .parquet or .html")
         if self.out is not None and self.out.suffix == ".html" and (len(self.sites) > 1 or self.window > 1):
             raise OptionError("an .html heatmap shows one site and no windows; use .csv or .parquet")
         model, pairs = self.load()
@@ -188,6 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
             command.run()
         except InterpError as error:
             print(f"interp: error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # a full disk, a folder that went away
+            print(f"interp: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interp: interrupted; nothing was written", file=sys.stderr)

@@ -21,8 +21,9 @@ import xarray as xr
 from interp.errors import name_some, one_of
 from interp.faithfulness import ABLATIONS, node_faithfulness
 from interp.metrics import METRICS, Metric, get_metric
-from interp.model.run import config_of, logits_at
+from interp.model.run import logits_at
 from interp.model.tokens import token_strings
+from interp.model.transformer import Transformer
 from interp.patching import DIRECTIONS, activation_patching, patch_nodes
 from interp.sites import parse_node
 from interp.statistics import bootstrap_mean, detected
@@ -119,7 +120,7 @@ def discover(
     )
 
 
-def _first_pair(model, pairs: PromptPairs) -> dict[str, tuple[str, ...]]:
+def _first_pair(model, pairs: PromptPairs) -> dict[str, tuple[str, ...] | None]:
     """Token texts of the first pair, for display."""
 
     def strings(ids) -> tuple[str, ...]:
@@ -134,7 +135,9 @@ def _first_pair(model, pairs: PromptPairs) -> dict[str, tuple[str, ...]]:
 
 def _residual_sites(model) -> list[str]:
     sites = ["resid_pre", "attn_out", "mlp_out"]
-    return sites if config_of(model).parallel else [sites[0], "resid_mid", *sites[1:]]
+    # a TransformerBridge's resid_mid is what its MLP reads, not the stream itself
+    has_mid = isinstance(model, Transformer) and not model.cfg.parallel
+    return [sites[0], "resid_mid", *sites[1:]] if has_mid else sites
 
 
 def _as_nodes(whole: xr.Dataset) -> xr.DataArray:

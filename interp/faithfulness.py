@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from interp.errors import OptionError, one_of
+from interp.errors import OptionError, SiteError, one_of
 from interp.exact import exact_scores
 from interp.interventions import Patch
 from interp.metrics import Metric, get_metric
@@ -13,7 +13,7 @@ from interp.model.run import config_of
 from interp.patching import metric_attrs
 from interp.provenance import provenance
 from interp.sites import component_nodes, parse_node
-from interp.statistics import bootstrap_mean
+from interp.statistics import bootstrap_ratio
 from interp.tasks.pairs import PromptPairs
 
 ABLATIONS = ("corrupt", "zero", "mean")
@@ -43,6 +43,8 @@ def node_faithfulness(
     if len(set(nodes)) < len(nodes):
         raise OptionError("the ranking names a node twice")
     everything = component_nodes(cfg)
+    if strange := [node for node in nodes if node not in set(everything)]:
+        raise SiteError(f"cannot rank {strange[0]}: a circuit here is made of whole heads and MLPs (a3.h2, m5)")
     sizes = default_sizes(len(nodes)) if sizes is None else sorted(set(sizes))
     if bad := [n for n in sizes if not 0 <= n <= len(nodes)]:
         raise OptionError(f"cannot keep {bad[0]} of {len(nodes)} ranked nodes")
@@ -59,8 +61,7 @@ def node_faithfulness(
         title="faithfulness",
     )
     values, clean, corrupt = (part[0].double().numpy() for part in (scores.patched, scores.clean, scores.corrupt))
-    gap = float((clean - corrupt).mean())
-    recovered, low, high = bootstrap_mean((values - corrupt[:, None]) / (gap or np.nan), seed=seed)
+    recovered, low, high = bootstrap_ratio(values - corrupt[:, None], clean - corrupt, seed=seed)
     return xr.Dataset(
         {
             "value": (("prompt", "n"), values),

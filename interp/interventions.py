@@ -16,7 +16,7 @@ from torch import Tensor
 from interp.errors import PatchError, one_of
 from interp.model.run import config_of, logits_at, record
 from interp.model.transformer import Transformer
-from interp.sites import Node, get_site
+from interp.sites import Node, Site, get_site
 from interp.tasks.pairs import PromptPairs
 
 Values = dict[str, Tensor]  # by hook name, each [prompt, ...] or [1, ...] for all prompts alike
@@ -111,8 +111,9 @@ class PatchedRuns:
     def check(self) -> None:
         """Raise `PatchError` unless patches do what patches must.
 
-        Replacing every value by itself, at all layers of a site, must change nothing at all. In a TransformerBridge,
-        replacing them by zeros must change something: some of its hook points show values that nothing reads.
+        Replacing every value by itself, at all layers of a site, must change nothing at all. A TransformerBridge has hook
+        points that show values which nothing reads, or which only part of the layer reads; there, replacing all values
+        must change something, and replacing a whole residual stream by another run's must give that run.
         """
         names = list(self.source_values)
         own = record(self.model, self.pairs.tokens(self.base), names, self.pairs.hooks(self.base))
@@ -124,10 +125,20 @@ class PatchedRuns:
                 worst = (again - plain).abs().max().item()
                 raise PatchError(f"patching {site.name} with its own values moves the logits by {worst:.3g}")
             if not isinstance(self.model, Transformer):
-                zeros = {name: torch.zeros_like(value) for name, value in own.items()}
-                gone = self.patched(tuple(Patch(site.name, layer) for layer in layers), zeros)
-                if torch.equal(gone, plain) and own[site.hook(layers[0])].any():
-                    raise PatchError(f"editing {site.name} has no effect in this TransformerBridge; use load_model")
+                self._check_bridge(site, layers, own, plain)
+
+    def _check_bridge(self, site: Site, layers: list[int], own: Values, plain: Tensor) -> None:
+        mend = "in this TransformerBridge; load the model with load_model instead"
+        zeros = {name: torch.zeros_like(value) for name, value in own.items()}
+        gone = self.patched(tuple(Patch(site.name, layer) for layer in layers), zeros)
+        if torch.equal(gone, plain) and own[site.hook(layers[0])].any():
+            raise PatchError(f"editing {site.name} has no effect {mend}")
+        if site.name.startswith("resid"):
+            name = site.hook(layers[0])
+            other = record(self.model, self.pairs.tokens(self.other), [name], self.pairs.hooks(self.other))
+            got, wanted = self.patched((Patch(site.name, layers[0]),), other), self.plain(self.other)
+            if (got - wanted).norm() > 0.01 * (wanted - plain).norm() + 1e-3 * wanted.norm():
+                raise PatchError(f"editing {site.name} does not replace the whole residual stream {mend}")
 
     def _index(self, patch: Patch, n_axes: int) -> tuple:
         """Where a patch acts in its hook's value."""
@@ -146,7 +157,7 @@ class PatchedRuns:
 
 
 def mean_values(
-    chunks: Sequence[PromptPairs], model, side: Literal["clean", "corrupt"], sites: Iterable[str]
+    model, chunks: Sequence[PromptPairs], side: Literal["clean", "corrupt"], sites: Iterable[str]
 ) -> Values:
     """Mean activation over prompts at each position, padding left out: {hook name: [1, ...]}, for `PatchedRuns(source=)`.
 

@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from interp.errors import OptionError, SiteError, name_some, one_of
+from interp.errors import MetricError, OptionError, SiteError, name_some, one_of
 from interp.exact import exact_scores
 from interp.interventions import Intervention, Patch
 from interp.metrics import Metric, get_metric
@@ -68,6 +68,8 @@ def activation_patching(
     cfg = config_of(model)
     if not names:
         raise SiteError("no sites to patch")
+    if not metrics:
+        raise MetricError("no metric to read")
     if not 1 <= window <= cfg.n_layers:
         raise OptionError(f"window {window} is not between 1 and the model's {cfg.n_layers} layers")
     grids = [_grid(get_site(name, cfg), pairs, cfg, positions, neurons, window) for name in names]
@@ -250,6 +252,8 @@ def _grid(site: Site, pairs: PromptPairs, cfg, positions: Positions, neurons, wi
         cells = tuple((q, k) for q in range(width) for k in range(q + 1)) if positions == "cells" else None
     else:
         spots, cells = tuple(positions), None
+        if not spots:
+            raise OptionError("no positions to patch")
         shortest = int(pairs.lengths.min())
         if bad := [p for p in spots if not -shortest <= p < width]:
             raise OptionError(f"position {bad[0]} is outside the prompts ({shortest} to {width} tokens)")

@@ -38,13 +38,14 @@ def heatmap(effects: xr.DataArray, *, title: str | None = None, limit: float | N
         go.Heatmap(
             z=values, zmin=-(limit or 1.0), zmax=limit or 1.0, colorscale=SCALE, hoverongaps=False, xgap=1, ygap=1,
             customdata=_hover(mean, y_labels, x_labels), hovertemplate="%{customdata}<extra></extra>",
-            colorbar={"title": {"text": colour_title(effects.attrs).replace(", ", "<br>") + "<br>", "side": "top"},
+            # read sideways, a line each: above the bar they would leave no room for it in a short map
+            colorbar={"title": {"text": colour_title(effects.attrs).replace(", ", "<br>"), "side": "right"},
                       "thickness": 14},
         )
     )  # fmt: skip
     figure.update_xaxes(_ticks(x, x_labels, rotate=x in ("position", "source")))
     figure.update_yaxes(_ticks(y, y_labels))
-    return _finish(figure, title, height=max(290, 170 + 26 * len(y_labels)), plot_bgcolor=GREY)
+    return _finish(figure, title, height=max(310, 170 + 26 * len(y_labels)), plot_bgcolor=GREY)
 
 
 def axis_labels(array: xr.DataArray, dim: str) -> list[str]:
@@ -62,7 +63,8 @@ def colour_title(attrs: dict) -> str:
 
 def _score(attrs: dict) -> list[str]:
     base = {"denoise": "corrupt", "noise": "clean"}.get(attrs.get("direction"), "base")
-    return [attrs.get("metric", "effect"), f"patched − {base}", *([f"({attrs['unit']})"] if attrs.get("unit") else [])]
+    unit = f" ({attrs['unit']})" if attrs.get("unit") else ""
+    return [f"{attrs.get('metric', 'effect')}{unit}", f"patched − {base}"]
 
 
 def _hover(mean: xr.DataArray, y_labels: list[str], x_labels: list[str]) -> np.ndarray:
@@ -104,7 +106,7 @@ def ranking_bars(ranking: pd.DataFrame, attrs: dict, *, n: int = 20, title: str 
                           "<br>%{customdata[2]:.1%} of clean − corrupt<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title=f"{' '.join(_score(attrs))}, mean and 95 % interval over prompts")
+    figure.update_xaxes(title=f"{', '.join(_score(attrs))}; mean and 95 % interval over prompts")
     figure.update_yaxes(title="component", type="category")
     return _finish(figure, title, height=140 + 22 * len(top))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -182,5 +183,8 @@ def _provenance(d: Discovery) -> str:
 
 
 def _figure(figure: go.Figure, caption: str) -> str:
-    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    config = {"displaylogo": False, "responsive": True}
+    # named by its content: plotly's own names are random, and equal discoveries should give equal pages
+    name = f"plot-{hashlib.sha256(figure.to_json().encode()).hexdigest()[:12]}"
+    body = figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=name)
     return f"<figure>{body}<figcaption>{html.escape(caption)}</figcaption></figure>"

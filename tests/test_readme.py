@@ -1,5 +1,6 @@
 """The README's examples run as they stand."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_command_runs(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)[1:]
     assert cli.main(words) == 0, capsys.readouterr().err
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in itertools.pairwise(words):
         if flag == "--out":
             assert (tmp_path / value).stat().st_size > 0
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from interp.errors import TaskError
 from interp.model import ops, tokens
 from interp.model.config import ModelConfig, Rotary
 from interp.rules import GRADIENT, Rules
@@ -277,7 +278,7 @@ class Transformer(HookedRootModule):
     def embed_tokens(self, token_ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
         """The residual stream before layer 0: token embeddings (scaled as the model does) plus learned positions."""
         if token_ids.shape[-1] > self.cfg.n_ctx:
-            raise ValueError(
+            raise TaskError(
                 f"a prompt of {token_ids.shape[-1]} tokens is longer than {self.cfg.name}'s {self.cfg.n_ctx}"
             )
         resid = self.embed.W_E[token_ids]

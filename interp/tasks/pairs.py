@@ -41,8 +41,8 @@ class PromptPairs:
 
     clean: Int[Tensor, "prompt position"]
     corrupt: Int[Tensor, "prompt position"]
-    answers: Int[Tensor, "prompt answer"]  # -1 where a prompt has fewer answers than others
-    wrong_answers: Int[Tensor, "prompt answer"] | None = None
+    answers: Int[Tensor, "prompt answer"] | Int[Tensor, " prompt"]  # -1 where a prompt has fewer answers than others
+    wrong_answers: Int[Tensor, "prompt wrong"] | Int[Tensor, " prompt"] | None = None
     lengths: Int[Tensor, " prompt"] | None = None
     embedding_noise: Float[Tensor, "prompt position d_model"] | None = None
     noise_mask: Bool[Tensor, "prompt position"] | None = None

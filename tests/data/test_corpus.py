@@ -33,7 +33,10 @@ def sentences(corpus) -> dict[str, list[str]]:
     """Some thousand texts of each kind, as training sees them."""
     kinds = [kind for kind in corpus.SHARES if kind != "random_tokens"]
     rng = random.Random(0)
-    return {kind: ["".join(text for text, _ in corpus.sentence(kind, rng)) for _ in range(3000)] for kind in kinds}
+    return {
+        kind: ["".join(text for text, _ in corpus.sentence(kind, rng, final=i % 2 == 1)) for i in range(3000)]
+        for kind in kinds
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +70,35 @@ def test_windows_are_full_start_with_the_end_token_and_know_every_word(corpus, t
     end, unknown = tokenizer.token_to_id(corpus.END), tokenizer.token_to_id(corpus.UNKNOWN)
     assert {len(row) for row in ids} == {len(row) for row in weights} == {length}
     assert all(row[0] == end and end not in row[1:] and unknown not in row for row in ids)
-    assert {weight for row in weights for weight in row} == {1.0, corpus.ANSWER_WEIGHT}
+    kinds_of_weight = {1.0, corpus.ANSWER_WEIGHT, corpus.REPEAT_WEIGHT, corpus.RANDOM_WEIGHT}
+    assert {weight for row in weights for weight in row} == kinds_of_weight
 
 
 def test_answers_weigh_more(corpus, tokenizer):
     ids, weights = corpus.batch(tokenizer, seed=0, step=0, n_windows=50, length=64)
     pairs = [pair for row in zip(ids, weights, strict=True) for pair in zip(*row, strict=True)]
-    heavy = {tokenizer.id_to_token(token) for token, weight in pairs if weight > 1}
-    assert {" she", " he", " are", " is"} <= heavy and " the" not in heavy
+    answers = {tokenizer.id_to_token(token) for token, weight in pairs if weight == corpus.ANSWER_WEIGHT}
+    assert {" she", " he", " are", " is"} <= answers
+    assert {f" {capital}" for capital in words.CAPITALS.values()} & answers
+    assert " the" not in answers
+
+
+def test_repetitions_of_random_words_weigh_more_than_the_first_round(corpus):
+    for seed in range(50):
+        drawn = corpus._random_tokens(random.Random(seed), 800, 60)
+        once = [token for token, weight in drawn if weight == corpus.RANDOM_WEIGHT]
+        assert len(set(once)) == len(once) >= 3
+        again = [token for token, weight in drawn if weight == corpus.REPEAT_WEIGHT]
+        assert [token for token, _ in drawn] == once + again
+        assert again[: len(once)] == once
+
+
+def test_the_final_mixture_is_another_one(corpus, tokenizer):
+    main, final = (
+        corpus.batch(tokenizer, seed=0, step=0, n_windows=20, length=32, final=final) for final in (False, True)
+    )
+    assert main != final
+    assert corpus.FINAL_SHARES.keys() == corpus.SHARES.keys()
 
 
 def test_all_kinds_of_text_occur_first_in_a_window(corpus):
@@ -101,8 +125,10 @@ def test_spaces_years_and_contractions_split_as_in_gpt2(tokenizer):
 
 def test_the_vocabulary_is_in_a_fixed_order_without_repeats(corpus):
     tokens = corpus.vocabulary()
-    assert tokens == corpus.vocabulary() and len(set(tokens)) == len(tokens) < 900
-    assert tokens[:2] == [corpus.END, corpus.UNKNOWN] and tokens[2:] == sorted(tokens[2:])
+    assert tokens == corpus.vocabulary()
+    assert len(set(tokens)) == len(tokens) < 900
+    assert tokens[:2] == [corpus.END, corpus.UNKNOWN]
+    assert tokens[2:] == sorted(tokens[2:])
 
 
 def test_every_task_prompt_is_within_the_vocabulary(corpus, tokenizer):
@@ -113,7 +139,8 @@ def test_every_task_prompt_is_within_the_vocabulary(corpus, tokenizer):
             for corruption in task.corruptions:
                 example = task.example(random.Random(seed), corruption=corruption)
                 clean, corrupt = (tokenizer.encode(text).ids for text in (example.clean, example.corrupt))
-                assert len(clean) == len(corrupt) <= 56 and unknown not in clean + corrupt
+                assert len(clean) == len(corrupt) <= 56
+                assert unknown not in clean + corrupt
                 for answer in (*example.answers, *example.wrong_answers):
                     assert tokenizer.encode(example.clean + answer).ids[:-1] == clean
 
@@ -200,7 +227,7 @@ def train_mini(corpus, monkeypatch):
     """The training script with tiny batches and no held-out figures, leaving signals and torch as they were."""
     torch = pytest.importorskip("torch")
     module = importlib.import_module("train_mini")
-    small = {"n_windows": 2, "length": 16, "n_long": 1, "long_length": 32}
+    small = {"first_half": [[2, 16]], "second_half": [[2, 16], [1, 32]]}
     monkeypatch.setattr(module, "RECIPE", module.RECIPE | small)
     monkeypatch.setattr(module.evaluate_mini, "measure", lambda *_, **__: {})
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

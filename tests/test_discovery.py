@@ -1,0 +1,153 @@
+"""The main job on small models: what it reports must be what the single analyses say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import interp
+from interp import Discovery, PromptPairs, activation_patching, node_faithfulness
+from interp.errors import MetricError, OptionError
+from interp.sites import component_nodes
+from interp.statistics import bootstrap_mean, detected
+from tests.small_pairs import refused, small_pairs
+
+discover = interp.discover
+
+
+@pytest.fixture(scope="module")
+def found(tiny) -> Discovery:
+    return discover(tiny("gpt2"), small_pairs(n=4), seed=3)
+
+
+def test_the_public_name_stays_a_function():
+    """`interp.discover` the function must not be replaced by a module of that name once it has been imported."""
+    for name in interp.__all__:
+        first, again = getattr(interp, name), getattr(interp, name)
+        assert first is again, name
+        assert not isinstance(again, type(interp)), f"interp.{name} is a module"
+
+
+def test_every_component_is_ranked_by_the_size_of_its_effect(tiny, found):
+    table = found.ranking
+    assert sorted(table.node) == sorted(str(n) for n in component_nodes(tiny("gpt2").cfg))
+    assert (table.effect.abs().diff().dropna() <= 0).all()
+    assert table.node[table.kind == "head"].str.match(r"a\d\.h\d").all()
+    assert (table.layer == table.node.str[1].astype(int)).all()
+
+
+def test_the_scores_are_exact_patching(tiny, found):
+    pairs = small_pairs(n=4)
+    heads, mlps = (activation_patching(tiny("gpt2"), pairs, s, positions="all") for s in ("head", "mlp_out"))
+    for layer in range(3):
+        np.testing.assert_array_equal(found.nodes.sel(node=f"m{layer}").values, mlps.sel(layer=layer).values)
+        for head in range(4):
+            expected = heads.sel(layer=layer, head=head).values
+            np.testing.assert_array_equal(found.nodes.sel(node=f"a{layer}.h{head}").values, expected)
+    mean, low, _ = bootstrap_mean(found.nodes.sel(node=found.ranking.node.tolist()).values, seed=3)
+    np.testing.assert_allclose(found.ranking.effect, mean)
+    np.testing.assert_allclose(found.ranking.low, low, atol=1e-2)
+    np.testing.assert_array_equal(found.ranking.detected, detected(mean))
+    gap = float((heads.metric_clean - heads.metric_corrupt).mean())
+    np.testing.assert_allclose(found.ranking.share, mean / gap, rtol=1e-6)
+    for site in ("resid_pre", "resid_mid", "attn_out", "mlp_out"):
+        expected = activation_patching(tiny("gpt2"), pairs, site)
+        np.testing.assert_array_equal(found.effects[site].values, expected.values)
+    top = found.effects["top_heads"]
+    assert top.node.values.tolist() == [n for n in found.ranking.node if n[0] == "a"][:4]
+
+
+def test_the_curve_follows_the_ranking(tiny, found):
+    expected = node_faithfulness(tiny("gpt2"), small_pairs(n=4), found.ranking.node.tolist(), seed=3)
+    np.testing.assert_array_equal(found.faithfulness.value.values, expected.value.values)
+    assert found.faithfulness.recovered[-1] == pytest.approx(1, abs=1e-9)
+    random = found.random_faithfulness
+    assert random.node.values.tolist() != found.faithfulness.node.values.tolist()
+    assert set(random.n.values) <= set(found.faithfulness.n.values)
+
+
+def test_a_discovery_repeats_exactly(tiny, found):
+    again = discover(tiny("gpt2"), small_pairs(n=4), seed=3)
+    assert again.ranking.equals(found.ranking)
+    assert again.random_faithfulness.identical(found.random_faithfulness)
+    assert again.summary == found.summary
+
+
+def test_batches_change_nothing(tiny):
+    whole, parts = (
+        discover(tiny("pythia", torch.float64), small_pairs(n=3), batch_size=size, top_heads=1) for size in (None, 2)
+    )
+    assert parts.ranking.node.tolist() == whole.ranking.node.tolist()
+    np.testing.assert_allclose(parts.nodes.values, whole.nodes.values, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(parts.faithfulness.value.values, whole.faithfulness.value.values, rtol=1e-9)
+    assert "resid_mid" not in whole.effects
+
+
+@pytest.mark.filterwarnings("ignore:.*near zero")
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_direction_metric_and_ablation_are_passed_on(tiny, direction):
+    found = discover(
+        tiny("llama3"), small_pairs(), direction=direction, metric="probability", ablation="zero", top_heads=0
+    )
+    assert found.attrs["direction"] == direction
+    assert found.attrs["metric"] == found.faithfulness.attrs["metric"] == "probability"
+    assert found.faithfulness.attrs["ablation"] == "zero"
+    assert "top_heads" not in found.effects
+
+
+def test_text_and_repr_say_what_was_found(tiny, found):
+    text = found.text(n=3)
+    assert text.startswith("gpt2 on random (given), denoise, 4 pairs: logit_diff ")
+    assert found.ranking.node[0] in text
+    assert found.ranking.node[3] not in text.split("effect in")[0].split("detected")[1]
+    assert "recover at least 90 %" in text
+    assert f"first {', '.join(found.ranking.node[:4])}" in repr(found)
+    assert found.ranking.node[0] in found._repr_html_()
+
+
+def test_the_metric_is_the_tasks_own(tiny):
+    pairs = dataclasses.replace(small_pairs(), wrong_answers=None, metric="log_probability")
+    assert discover(tiny("gpt2"), pairs, top_heads=0).attrs["metric"] == "log_probability"
+
+
+@pytest.mark.filterwarnings("ignore:.*near zero")
+def test_notes_warn_a_careful_reader(tiny):
+    model = tiny("gpt2")
+    pairs = small_pairs(n=3)
+    logits = model(pairs.clean)[:, -1]
+    backwards = dataclasses.replace(
+        pairs, answers=logits.argmin(-1, keepdim=True), wrong_answers=logits.argmax(-1)[:, None]
+    )
+    notes = " ".join(discover(model, backwards, top_heads=0).notes)
+    assert "first choice is an answer on only 0%" in notes
+    assert "The wrong answer wins on the clean prompts 0, 1, 2" in notes
+    noisy = interp.corrupt(model, pairs, "gaussian")
+    notes = " ".join(discover(model, noisy, metric="probability", top_heads=0).notes)
+    assert "Gaussian noise takes the model off its distribution" in notes
+    forward = dataclasses.replace(backwards, answers=backwards.wrong_answers, wrong_answers=backwards.answers)
+    assert "only" not in " ".join(discover(model, forward, top_heads=0).notes)
+
+
+def test_text_pairs_show_their_first_prompt(tiny):
+    pairs = PromptPairs.from_text(
+        tiny("gpt2"), clean=["w1 w2 w3"], corrupt=["w1 w5 w3"], answers=[[" w7", " w9"]], wrong_answers=[" w8"]
+    )
+    found = discover(tiny("gpt2"), pairs, top_heads=0)
+    assert found.corrupt_strings[-3:] == ("w1", " w5", " w3")
+    assert found.answer_strings == (" w7", " w9")
+    assert found.wrong_strings == (" w8",)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"level": "edge"}, OptionError, "'edge' is not a level"),
+        ({"direction": "up"}, OptionError, "'up' is not a direction"),
+        ({"ablation": "median"}, OptionError, "'median' is not a[n]? ablation"),
+        ({"metric": "logits"}, MetricError, "'logits' is not a metric"),
+    ],
+)
+def test_unknown_options_are_said(tiny, options, error, says):
+    with refused(error, says):
+        discover(tiny("gpt2"), small_pairs(), **options)
