@@ -47,6 +47,9 @@ SHARES = {
     "filler": 17,
 }
 
+# The last part of the training has more of what is learned last: the order of years and copying names.
+FINAL_SHARES = SHARES | {"ioi": 26, "greater_than": 24, "induction": 12, "capitals": 5, "docstring": 5, "filler": 10}
+
 # ---------------------------------------------------------------- held out
 
 
@@ -224,13 +227,17 @@ def _ioi(rng: random.Random) -> list[Part]:
     return [(text, 1.0), (f" {io}", ANSWER_WEIGHT), (after, 1.0)]
 
 
-def _greater_than(rng: random.Random) -> list[Part]:
+def _greater_than(rng: random.Random, final: bool = False) -> list[Part]:
     text = rng.choice(greater_than.TEMPLATES * 2 + EXTRA_GREATER_THAN)
     event, century, year = _until(
         lambda: (rng.choice(words.EVENTS), rng.choice(CENTURIES), rng.randrange(99)), greater_than_held_out
     )
     prompt = _fill_simple(text, rng, event=event, century=century, yy=f"{year:02d}")
-    return [(prompt, 1.0), (f"{rng.randrange(year + 1, 100):02d}", ANSWER_WEIGHT), (".", 1.0)]
+    end = rng.randrange(year + 1, 100)
+    if final:
+        # The later of two: few things end the year after they began, and the cut-off at the start year gets cleaner.
+        end = max(end, rng.randrange(year + 1, 100))
+    return [(prompt, 1.0), (f"{end:02d}", ANSWER_WEIGHT), (".", 1.0)]
 
 
 def _capitals(rng: random.Random) -> list[Part]:
@@ -263,9 +270,9 @@ def _subject_verb(rng: random.Random) -> list[Part]:
     return [(prompt, 1.0), (verbs[is_plural], ANSWER_WEIGHT), (after, 1.0)]
 
 
-def _induction(rng: random.Random) -> list[Part]:
+def _induction(rng: random.Random, final: bool = False) -> list[Part]:
     """A list of words, said two or three times; sometimes of names, so that copying a name is learned everywhere."""
-    pool = words.NAMES if rng.random() < 0.25 else words.COMMON_WORDS + words.NOUNS
+    pool = words.NAMES if rng.random() < (0.6 if final else 0.25) else words.COMMON_WORDS + words.NOUNS
     once = "".join(f" {word}" for word in rng.sample(pool, rng.randrange(3, 16)))
     prefix = rng.choice(induction.TEMPLATES)
     return [(prefix + once, RANDOM_WEIGHT), *[(once, REPEAT_WEIGHT)] * rng.randrange(1, 4), (".", RANDOM_WEIGHT)]
@@ -307,8 +314,10 @@ _MAKERS = {
 }
 
 
-def sentence(kind: str, rng: random.Random) -> list[Part]:
+def sentence(kind: str, rng: random.Random, *, final: bool = False) -> list[Part]:
     """One text of that kind, as parts `(text, weight)`; the first part does not begin with a space to separate it."""
+    if kind in ("greater_than", "induction"):
+        return _MAKERS[kind](rng, final)
     return _MAKERS[kind](rng)
 
 
@@ -361,9 +370,10 @@ def build_tokenizer() -> Tokenizer:
 # ---------------------------------------------------------------- windows
 
 
-def texts(rng: random.Random) -> Iterator[tuple[str, list[Part]]]:
+def texts(rng: random.Random, *, final: bool = False) -> Iterator[tuple[str, list[Part]]]:
     """An endless document: `(kind, parts)` with the separating space or newline already in the parts."""
-    kinds, weights = list(SHARES), list(SHARES.values())
+    shares = FINAL_SHARES if final else SHARES
+    kinds, weights = list(shares), list(shares.values())
     separator = ""
     while True:
         kind = rng.choices(kinds, weights)[0]
@@ -371,7 +381,7 @@ def texts(rng: random.Random) -> Iterator[tuple[str, list[Part]]]:
             yield kind, []
             separator = " "
             continue
-        parts = sentence(kind, rng)
+        parts = sentence(kind, rng, final=final)
         if kind == "docstring" and separator:
             separator = "\n"
         if not parts[0][0].startswith(" "):
@@ -394,16 +404,19 @@ def _random_tokens(rng: random.Random, n_tokens: int, room: int) -> list[tuple[i
 
 
 def batch(
-    tokenizer: Tokenizer, *, seed: int, step: int, n_windows: int, length: int
+    tokenizer: Tokenizer, *, seed: int, step: int, n_windows: int, length: int, final: bool = False
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The token ids and loss weights `[window, position]` of a training step, the same on every call and machine."""
+    """The token ids and loss weights `[window, position]` of a training step, the same on every call and machine.
+
+    `final` draws the mixture of the last part of the training.
+    """
     ids, weights = [], []
     end, n_tokens = tokenizer.token_to_id(END), tokenizer.get_vocab_size()
     for window in range(n_windows):
         # A string seeds random.Random by its SHA-512, which does not depend on the platform or PYTHONHASHSEED.
         rng = random.Random(f"interp-mini {seed} {step} {window}")
         row, row_weights = [end], [1.0]
-        for kind, parts in texts(rng):
+        for kind, parts in texts(rng, final=final):
             if kind == "random_tokens":
                 drawn = _random_tokens(rng, n_tokens, length - len(row))
                 row += [token for token, _ in drawn]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import signal
@@ -29,15 +28,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+STEPS = {"mini-gpt2": 8750, "mini-llama": 10_000}
 RECIPE = {
-    "n_windows": 32,
-    "length": 48,
-    # Every few steps as many tokens in windows of the full context, so that late positions are trained too.
-    "long_every": 4,
-    "n_long": 12,
-    "long_length": 128,
+    # (windows, tokens per window), taken in turn in the first and the second half of the main part. Attention circuits
+    # form sooner where everything is near; the full context comes later, so that late positions are trained too.
+    "first_half": [[48, 32]],
+    "second_half": [[48, 32], [24, 64], [12, 128]],
     "learning_rate": 2e-3,
     "warmup": 200,
+    # The last fifth of the steps starts again from this rate, on the final mixture of texts.
+    "final_share": 0.2,
+    "final_learning_rate": 8e-4,
     "weight_decay": 0.1,
 }
 
@@ -45,18 +46,35 @@ RECIPE = {
 def build_model(name: str, vocab_size: int) -> torch.nn.Module:
     """A fresh model; the caller seeds torch."""
     # No padding id: Llama would stop training the embedding of that token, and it is the one every text begins with.
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    # The libraries' 0.02 suits wide models. At width 128 it leaves attention uniform and hardly any gradient on it.
-    ends["initializer_range"] = 0.05
+    common = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "initializer_range": 0.05}
     if name == "mini-gpt2":
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         sizes = {"n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 8}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **sizes, **no_dropout, **ends))
-    if name == "mini-llama":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **sizes, **no_dropout, **common))
+    elif name == "mini-llama":
         sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 5, "max_position_embeddings": 128}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **ends))
-    raise ValueError(f"there is no model {name!r}; choose {' or '.join(evaluate_mini.NAMES)}")
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **common))
+    else:
+        raise ValueError(f"there is no model {name!r}; choose {' or '.join(evaluate_mini.NAMES)}")
+    initialise(model)
+    return model
+
+
+def initialise(model: torch.nn.Module) -> None:
+    """Let token identity dominate the residual stream at first.
+
+    With the libraries' initialisation (made for wide models) the random outputs of attention and MLPs are several
+    times larger than embeddings of width 128. Later layers then hardly see which token is which, and copying takes
+    thousands of steps to start. So: larger embeddings, smaller output projections.
+    """
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for name, parameter in model.named_parameters():
+        if name.endswith(("wte.weight", "wpe.weight", "embed_tokens.weight")):
+            # A tied embedding is the unembedding as well, where large values would make the first losses large.
+            torch.nn.init.normal_(parameter, std=0.1 if is_tied else 0.5)
+        elif name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")):
+            torch.nn.init.normal_(parameter, std=0.005)
 
 
 def build_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
@@ -68,13 +86,26 @@ def build_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=RECIPE["learning_rate"], betas=(0.9, 0.98))
 
 
+def n_main(steps: int) -> int:
+    """How many of the steps come before the final part."""
+    return round(steps * (1 - RECIPE["final_share"]))
+
+
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from the peak to a tenth of it at the last step."""
-    peak, warmup = RECIPE["learning_rate"], min(RECIPE["warmup"], steps // 5 + 1)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    """In the main part: warm-up, the peak until 60 %, then straight down to a fiftieth. In the final part: straight down."""
+    main = n_main(steps)
+    if step >= main:
+        return RECIPE["final_learning_rate"] * (0.02 + 0.98 * (steps - step) / (steps - main))
+    warmup = min(RECIPE["warmup"], main // 5 + 1)
+    left = (main - step) / (0.4 * main)
+    return RECIPE["learning_rate"] * min(1.0, (step + 1) / warmup, 0.02 + 0.98 * left)
+
+
+def window_shape(step: int, steps: int) -> tuple[int, int]:
+    """Number and length of that step's windows."""
+    shapes = RECIPE["first_half"] if step < n_main(steps) // 2 else RECIPE["second_half"]
+    n_windows, length = shapes[step % len(shapes)]
+    return n_windows, length
 
 
 def weighted_loss(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -87,9 +118,10 @@ def weighted_loss(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tens
 
 def train_step(model, optimizer, tokenizer: Tokenizer, *, step: int, steps: int, seed: int) -> float:
     """One optimizer step on the windows of that step; returns the loss before it."""
-    is_long = step % RECIPE["long_every"] == RECIPE["long_every"] - 1
-    n_windows, length = (RECIPE["n_long" if is_long else "n_windows"], RECIPE["long_length" if is_long else "length"])
-    ids, weights = corpus.batch(tokenizer, seed=seed, step=step, n_windows=n_windows, length=length)
+    n_windows, length = window_shape(step, steps)
+    ids, weights = corpus.batch(
+        tokenizer, seed=seed, step=step, n_windows=n_windows, length=length, final=step >= n_main(steps)
+    )
     loss = weighted_loss(model, torch.tensor(ids), torch.tensor(weights))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -152,6 +184,11 @@ def write_model(out: Path, model, tokenizer: Tokenizer, record: dict) -> None:
         tokenizer_object=tokenizer, **special, clean_up_tokenization_spaces=False, model_max_length=128
     )
     fast.save_pretrained(temporary)
+    # transformers 5 writes a class name that transformers 4 does not know; this one is known to both.
+    config_file = temporary / "tokenizer_config.json"
+    config = json.loads(config_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     if (out / "README.md").exists():
         shutil.copy(out / "README.md", temporary)  # evaluate_mini.py brings it up to date
@@ -177,13 +214,14 @@ class Stop:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, choices=evaluate_mini.NAMES)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, help="default: as many as the bundled model had")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/models/<model>)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more is faster, but then runs differ in the last bits")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--checkpoint-every", type=int, default=250)
     arguments = parser.parse_args()
+    steps = arguments.steps or STEPS[arguments.model]
     out = (arguments.out or evaluate_mini.MODELS / arguments.model).resolve()
     checkpoints = out.with_name(out.name + ".training")
 
@@ -193,7 +231,7 @@ def main() -> int:
     tokenizer = corpus.build_tokenizer()
     model = build_model(arguments.model, tokenizer.get_vocab_size())
     optimizer = build_optimizer(model)
-    fixed = {"model": arguments.model, "steps": arguments.steps, "seed": arguments.seed, **RECIPE}
+    fixed = {"model": arguments.model, "steps": steps, "seed": arguments.seed, **RECIPE}
     state = {**fixed, "step": 0, "seconds": 0.0}
     if arguments.resume:
         state = load_checkpoint(checkpoints, model, optimizer, fixed)
@@ -205,10 +243,10 @@ def main() -> int:
     )
     stop, begun, before = Stop(), time.monotonic(), state["seconds"]
     recent: list[float] = []
-    for step in range(state["step"], arguments.steps):
-        recent.append(train_step(model, optimizer, tokenizer, step=step, steps=arguments.steps, seed=arguments.seed))
+    for step in range(state["step"], steps):
+        recent.append(train_step(model, optimizer, tokenizer, step=step, steps=steps, seed=arguments.seed))
         state |= {"step": step + 1, "seconds": before + time.monotonic() - begun}
-        is_due = (step + 1) % arguments.checkpoint_every == 0 or step + 1 == arguments.steps
+        is_due = (step + 1) % arguments.checkpoint_every == 0 or step + 1 == steps
         if is_due or stop.asked:
             state["final_loss"] = round(sum(recent) / len(recent), 4)
             save_checkpoint(checkpoints, model, optimizer, state)
@@ -219,7 +257,7 @@ def main() -> int:
             model.train()
             short = " ".join(f"{key}={value:.3f}" for key, value in figures.items())
             print(f"step {step + 1} {state['seconds']:.0f}s loss={state['final_loss']} {short}", flush=True)
-        if stop.asked and step + 1 < arguments.steps:
+        if stop.asked and step + 1 < steps:
             print(f"Stopped after step {step + 1}; go on with --resume.", flush=True)
             return 130
     record = {**state, "minutes": round(state["seconds"] / 60), "torch": str(torch.__version__)}
