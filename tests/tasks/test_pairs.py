@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from interp import PromptPairs
 from interp.errors import OptionError, TaskError
+from tests.small_pairs import refused
 
 CLEAN = ["w0 w1 w2", "w3 w4 w5 w6 w7"]
 CORRUPT = ["w0 w8 w2", "w3 w9 w5 w6 w8"]
@@ -227,5 +228,5 @@ def test_tensors_that_do_not_fit_are_named(changed, message):
         "answers": torch.tensor([1, 2]),
     }  # fmt: skip
     PromptPairs(**good)
-    with pytest.raises(TaskError, match=message):
+    with refused(TaskError, message):
         PromptPairs(**(good | changed))
