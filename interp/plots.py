@@ -140,5 +140,5 @@ def faithfulness_curve(curve: xr.Dataset, baseline: xr.Dataset | None = None, *,
 def _finish(figure: go.Figure, title: str | None, *, height: int, plot_bgcolor: str = "white") -> go.Figure:
     return figure.update_layout(
         template="plotly_white", title=title, height=height, plot_bgcolor=plot_bgcolor, font={"color": INK, "size": 12},
-        margin={"l": 70, "r": 20, "t": 50 if title else 20, "b": 60}, legend={"orientation": "h", "y": 1.08},
+        margin={"l": 70, "r": 20, "t": 50 if title else 36, "b": 60}, legend={"orientation": "h", "y": 1.08},
     )  # fmt: skip

@@ -19,7 +19,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     (example,) = (block for kind, block in BLOCKS if kind == "python")
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "ioi.html").stat().st_size > 100_000
-    assert "head" in capsys.readouterr().out
+    assert "position" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("interp ")])
