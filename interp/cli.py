@@ -46,6 +46,8 @@ class Behaviour:
     """Default: torch's default device."""
     dtype: str | None = None
     """Default: the checkpoint's."""
+    engine: Literal["hooks", "sweep"] = "hooks"
+    """hooks: a forward pass per place. sweep: all places in one growing batch, much faster."""
     batch_size: int | None = None
     """Prompts per forward pass (default: all)."""
     quiet: bool = False
@@ -93,7 +95,7 @@ class Discover(Behaviour):
 
         found = discover(
             model, pairs, metric=self.metric, direction=self.direction, ablation=self.ablation,
-            batch_size=self.batch_size, seed=self.seed, progress=not self.quiet,
+            engine=self.engine, batch_size=self.batch_size, seed=self.seed, progress=not self.quiet,
         )  # fmt: skip
         found.report(self.out)
         print(found.text())
@@ -133,7 +135,7 @@ class Patch(Behaviour):
         effects = activation_patching(
             model, pairs, self.sites, metric=self.metric or pairs.metric, direction=self.direction,
             positions=self.positions, window=self.window, neurons=self.neurons or None, normalize=self.normalize,
-            batch_size=self.batch_size, progress=not self.quiet,
+            engine=self.engine, batch_size=self.batch_size, progress=not self.quiet,
         )  # fmt: skip
         print(strongest(effects))
         if self.out is not None:

@@ -89,18 +89,21 @@ class Discovery:
 def discover(
     model, pairs: PromptPairs, *, level: Literal["node"] = "node", metric: str | Callable | Metric | None = None,
     direction: Literal["denoise", "noise"] = "denoise", ablation: Literal["corrupt", "zero", "mean"] = "corrupt",
-    top_heads: int = 4, batch_size: int | None = None, seed: int = 0, progress: bool = False,
+    engine: Literal["hooks", "sweep"] = "hooks", top_heads: int = 4, batch_size: int | None = None, seed: int = 0,
+    progress: bool = False,
 ) -> Discovery:  # fmt: skip
     """Exact node patching, ranking, detection and faithfulness in one call.
 
     metric: default is the one the pairs are usually scored with. ablation: what replaces components outside the circuit
-    in the faithfulness check. top_heads: how many of the strongest heads are also patched position by position.
+    in the faithfulness check. engine: see `activation_patching`. top_heads: how many of the strongest heads are also
+    patched position by position.
     """
     one_of(level, ("node",), "level")
     one_of(direction, DIRECTIONS, "direction")
     one_of(ablation, ABLATIONS, "ablation")
     metric = get_metric(pairs.metric if metric is None else metric)
-    options = {"metric": metric, "direction": direction, "batch_size": batch_size, "progress": progress}
+    runs = {"engine": engine, "batch_size": batch_size, "progress": progress}
+    options = {"metric": metric, "direction": direction, **runs}
     effects = activation_patching(model, pairs, _residual_sites(model), **options)
     whole = activation_patching(model, pairs, ["head", "mlp_out"], positions="all", **options)
     nodes = _as_nodes(whole)
@@ -108,7 +111,7 @@ def discover(
     heads = [n for n in ranking.node if n.startswith("a")][:top_heads]
     if heads:
         effects["top_heads"] = patch_nodes(model, pairs, heads, **options)
-    curve = {"metric": metric, "ablation": ablation, "batch_size": batch_size, "seed": seed, "progress": progress}
+    curve = {"metric": metric, "ablation": ablation, "seed": seed, **runs}
     faithfulness = node_faithfulness(model, pairs, list(ranking.node), **curve)
     shuffled = list(np.random.default_rng(seed).permutation(ranking.node.to_numpy()))
     random_faithfulness = node_faithfulness(

@@ -1,6 +1,7 @@
 """Does a set of components suffice? Keep them, ablate all others, and see how much of the behaviour is left."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -21,7 +22,7 @@ ABLATIONS = ("corrupt", "zero", "mean")
 
 def node_faithfulness(
     model, pairs: PromptPairs, ranking: Sequence[str], *, sizes: Sequence[int] | None = None,
-    metric: str | Metric = "logit_diff", ablation: str = "corrupt",
+    metric: str | Metric = "logit_diff", ablation: str = "corrupt", engine: Literal["hooks", "sweep"] = "hooks",
     batch_size: int | None = None, seed: int = 0, progress: bool = False,
 ) -> xr.Dataset:  # fmt: skip
     """Recovered metric by circuit size: the clean run with only the first n nodes of a ranking left as they are.
@@ -56,6 +57,7 @@ def node_faithfulness(
         metrics=[metric],
         base="clean",
         source="other" if ablation == "corrupt" else ablation,
+        engine=engine,
         batch_size=batch_size,
         progress=progress,
         title="faithfulness",

@@ -37,7 +37,7 @@ def activation_patching(
     model, pairs: PromptPairs, sites: str | Sequence[str], *,
     metric: str | Callable | Metric | Sequence[str | Callable | Metric] = "logit_diff",
     direction: Literal["denoise", "noise"] = "denoise", positions: Positions = "each", window: int = 1,
-    neurons: Sequence[str] | None = None, normalize: bool = False, engine: Literal["hooks"] = "hooks",
+    neurons: Sequence[str] | None = None, normalize: bool = False, engine: Literal["hooks", "sweep"] = "hooks",
     batch_size: int | None = None, progress: bool = False,
 ) -> xr.DataArray | xr.Dataset:  # fmt: skip
     """Exact effect of patching every place of one or several sites.
@@ -58,8 +58,9 @@ def activation_patching(
     those names belong to axes. Padding is NaN. Coordinates carry token strings, node ids, and each prompt's metric
     on the clean and the corrupt run; attrs say how the scores were made.
 
-    engine: "hooks" makes one forward pass per cell. Every call checks that each hook fired and that patching a run with
-        itself changes nothing; `PatchError` otherwise.
+    engine: "hooks" makes one forward pass per cell, checks that each hook fired and that patching a run with itself
+        changes nothing (`PatchError` otherwise), and takes a TransformerBridge too. "sweep" runs all cells as one
+        growing batch, which is much faster and agrees to rounding (`interp.sweep`).
     """
     one_of(direction, DIRECTIONS, "direction")
     several = not isinstance(metric, str | Metric) and isinstance(metric, Sequence)
@@ -101,7 +102,7 @@ def activation_patching(
 
 def patch_nodes(
     model, pairs: PromptPairs, nodes: Sequence[str], *, metric: str | Callable | Metric = "logit_diff",
-    direction: Literal["denoise", "noise"] = "denoise", engine: Literal["hooks"] = "hooks",
+    direction: Literal["denoise", "noise"] = "denoise", engine: Literal["hooks", "sweep"] = "hooks",
     batch_size: int | None = None, progress: bool = False,
 ) -> xr.DataArray:  # fmt: skip
     """Exact effect of a few nodes' outputs position by position: [prompt, node, position]. Node ids: "a3.h2", "m5"."""
