@@ -57,10 +57,8 @@ class Walk:
         if rows["pattern"] > before:
             tokens = slice(full.offsets[before], full.offsets[rows["pattern"]])
             resid[tokens] = full.take(value("resid_pre"), before, rows["pattern"])
-            self._patch(layer, "resid_pre", resid, full)
-        elif (layer, "resid_pre") in self.plan.entries:
-            self._patch(layer, "resid_pre", resid, full)
-        z = self._attention(layer, resid, before, rows, layout)
+        self._patch(layer, "resid_pre", resid, full)
+        z = self._attention(layer, resid, before, rows, layout, last)
 
         # From here on, only the positions of `layout`.
         n_tokens = end("resid_post")
@@ -108,12 +106,11 @@ class Walk:
     def _computed(self, before: int, now: int, last: bool) -> Layout:
         """The positions that a layer computes after attention, for the rows that are in by its end."""
         p = self.plan
-        start, end = p.start[:now].copy(), p.end[:now].copy()
+        start, end, point = p.start[:now], p.end[:now], p.point[:now].copy()
+        point[:before] = -1  # rows from earlier layers have changed everywhere by now
         if last:
             start = end - 1
         else:
-            point = p.point[:now].copy()
-            point[:before] = -1
             start, end = np.where(point >= 0, point, start), np.where(point >= 0, point + 1, end)
         return Layout(p.prompt[:now], start, end, self.device)
 
@@ -123,7 +120,9 @@ class Walk:
         shift = self.full.offsets[first:last] + layout.starts[first:last] - self.full.starts[first:last]
         return self._index(np.repeat(shift - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum()))
 
-    def _attention(self, layer: int, resid: Tensor, before: int, rows: dict[str, int], layout: Layout) -> Tensor:
+    def _attention(
+        self, layer: int, resid: Tensor, before: int, rows: dict[str, int], layout: Layout, last: bool
+    ) -> Tensor:
         """z at the positions of `layout`, for all rows in by stage "pattern"; with room for those that join after."""
         cfg, full, block = self.cfg, self.full, self.model.blocks[layer]
         attn, n_rows = block.attn, rows["pattern"]
@@ -145,15 +144,14 @@ class Walk:
             n_old = int(where.offsets[before])
             if n_rows > before:
                 buffer[n_old:] = where.take(self.base[SITES[name].hook(layer)], before, n_rows)
-            same = where is full or (n_old == n_before)
-            if same:
+            if where is full or not last:  # rows in by resid_pre have all their positions in both layouts
                 out = attn.project(name, x)
                 buffer[:n_old] = out[:n_before]
                 if changed is not None:
                     buffer[changed] = out[n_before:]
             else:
                 buffer[:n_old] = attn.project(name, x[self._tokens(layout, 0, before)])
-                if changed is not None:  # the last layer: one query per row, wherever the change was
+                if changed is not None:  # one query per row, computed only where the change was there
                     place = torch.full((len(resid),), -1, device=self.device)
                     place[self._tokens(layout, before, n_rows)] = torch.arange(n_old, len(buffer), device=self.device)
                     hit = place[changed] >= 0

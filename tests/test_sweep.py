@@ -93,6 +93,16 @@ def test_any_list_of_joint_interventions(tiny, seed, n, family):
     torch.testing.assert_close(sweep, hooks, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_interventions_on_one_layer_only(tiny, layer):
+    """Nothing is on board when the layer begins: the last layer then has rows of one query and no others."""
+    model = tiny("gpt2", torch.float64)
+    for site in sites_of(model.cfg):
+        interventions = [(Patch(site, layer, position=p),) for p in range(WIDTH)]
+        sweep, hooks = both(model, pairs_of(), interventions, base="corrupt")
+        torch.testing.assert_close(sweep, hooks, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("source", ["zero", "mean"])
 def test_other_sources_of_values(tiny, source):
     model = tiny("llama3", torch.float64)
