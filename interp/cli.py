@@ -30,6 +30,8 @@ class Behaviour:
     """Named task (see `interp tasks`)."""
     pairs: Path | None = None
     """Prompt pairs from a CSV or JSON(L) file instead of a named task."""
+    skip_unusable: bool = False
+    """Leave out pairs of a file that the model's tokenizer cannot align, instead of refusing the file."""
     n: int = 64
     """Prompt pairs."""
     seed: int = 0
@@ -68,7 +70,7 @@ class Behaviour:
                 self.task, model, n=self.n, seed=self.seed, corruption=self.corruption, template=self.template
             )
         else:
-            pairs = PromptPairs.from_file(self.pairs, model, n=self.n)
+            pairs = PromptPairs.from_file(self.pairs, model, n=self.n, skip_unusable=self.skip_unusable)
             if self.corruption is not None:
                 from interp.errors import TaskError, one_of
 

@@ -6,7 +6,7 @@ them in one growing batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,7 +44,9 @@ class Reader:
     """Reads all metrics from logits at the read position: [metric, prompt], or [metric, row] given each row's prompt."""
 
     def __init__(self, pairs: PromptPairs, metrics: Sequence[Metric], clean_logits: Float[Tensor, "prompt d_vocab"]):
-        self.pairs, self.metrics, self.clean_logits = pairs, metrics, clean_logits
+        # a metric needs the tokens and answers; what else a pair carries would be copied for every row
+        self.pairs = replace(pairs, token_strings=None, embedding_noise=None, noise_mask=None)
+        self.metrics, self.clean_logits = metrics, clean_logits
 
     def __call__(
         self, logits: Float[Tensor, "row d_vocab"], prompts: Int[Tensor, " row"] | None = None

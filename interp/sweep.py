@@ -95,13 +95,14 @@ class SweepRuns:
         return [*ranges, (first, len(interventions))]
 
     def _row_bytes(self, rows: Plan) -> np.ndarray:
-        """Estimated peak bytes of each row: its tokens' vectors, its keys and values in full, its scores."""
+        """Estimated peak bytes of each row: its tokens' vectors, its keys and values in full, its scores, its logits."""
         cfg, n_tokens = self.model.cfg, rows.end - rows.start
         q, kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
         per_token = 5 * cfg.d_model + 4 * q + 2 * kv + 3 * cfg.d_mlp
         n_queries = np.minimum(2 * n_tokens, rows.end)  # padded to a power of two
         attention = 2 * rows.end * kv + 3 * cfg.n_heads * n_queries * rows.end + 2 * n_queries * q
-        return self.model.W_E.element_size() * (n_tokens * per_token + attention)
+        reading = 3 * cfg.d_vocab  # logits, their logarithms and a metric's copy
+        return self.model.W_E.element_size() * (n_tokens * per_token + attention + reading)
 
 
 def _default_memory(device: torch.device) -> int:

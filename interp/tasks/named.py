@@ -35,7 +35,7 @@ def load_task(
     if corruption is not None:
         one_of(corruption, [*task.corruptions, *KINDS], f"corruption of {name}", TaskError)
     text_corruption = corruption if corruption in task.corruptions else task.default_corruption
-    encode = Encoder(model.tokenizer, getattr(model.cfg, "prepend_bos", True), model.cfg.d_vocab)
+    encode = Encoder.of(model)
     rng, chosen, seen, refused = random.Random(seed), [], set(), {}
     for _ in range(50 * n + 200):
         if len(chosen) == n:
@@ -44,7 +44,7 @@ def load_task(
         if (example.clean, example.corrupt) in seen:
             continue
         seen.add((example.clean, example.corrupt))
-        if reason := _refusal(example, encode):
+        if reason := encode.refusal(example.clean, example.corrupt, (*example.answers, *example.wrong_answers)):
             refused.setdefault(reason, example)
             continue
         chosen.append(example)
@@ -63,16 +63,3 @@ def load_task(
         seed=seed,
     )
     return corrupt(model, pairs, corruption, seed=seed) if corruption in KINDS else pairs
-
-
-def _refusal(example, encode: Encoder) -> str | None:
-    """Why this tokenizer cannot say the example; None if it can."""
-    try:
-        clean, corrupt_ids = encode(example.clean), encode(example.corrupt)
-        if len(clean) != len(corrupt_ids):
-            return f"{example.clean!r} and {example.corrupt!r} differ in length in its tokens"
-        for answer in (*example.answers, *example.wrong_answers):
-            encode.answer(example.clean, clean, answer)
-    except TaskError as error:
-        return str(error)
-    return None

@@ -14,6 +14,7 @@ causal model never looks there, and every prompt is read at its own last token.
 Answers are written as typed after the prompt, leading space included. Several right answers to one prompt are a list.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,8 +148,7 @@ class PromptPairs:
                 raise TaskError(f"{len(given)} {what} for {len(clean)} clean prompts")
         if not clean:
             raise TaskError("no prompts: a set of pairs needs at least one prompt")
-        bos = getattr(model.cfg, "prepend_bos", getattr(model.cfg, "default_prepend_bos", True))
-        encode = Encoder(model.tokenizer, bos if prepend_bos is None else prepend_bos, model.cfg.d_vocab)
+        encode = Encoder.of(model, prepend_bos)
         rows = {"clean": [encode(t) for t in clean], "corrupt": [encode(t) for t in corrupt]}
         ragged = [i for i, (a, b) in enumerate(zip(*rows.values(), strict=True)) if len(a) != len(b)]
         if ragged:
@@ -178,14 +178,18 @@ class PromptPairs:
     @classmethod
     def from_file(
         cls, path, model, *, kind: Literal["csv", "json"] | None = None, corrupt_column: str | None = None,
-        n: int | None = None, **about: Any,
+        n: int | None = None, skip_unusable: bool = False, **about: Any,
     ) -> "PromptPairs":  # fmt: skip
         """Pairs from a CSV or JSON(L) file; `interp.tasks.files` says which columns are understood.
 
         kind: by the file's ending if not given. corrupt_column: use another column as the corrupt prompt (EAP-IG's
-        "corrupted_hard"). n: only the first n rows. Raises `TaskError` naming the file and the line.
+        "corrupted_hard"). n: only the first n rows. skip_unusable: leave out the pairs that this model's tokenizer
+        cannot align or answer in one token, with a warning that counts them; otherwise they are a `TaskError`, which
+        names the file and the prompts.
         """
         columns = read_columns(path, kind=kind, corrupt_column=corrupt_column, n=n, d_vocab=model.cfg.d_vocab)
+        if skip_unusable:
+            columns = _usable(columns, Encoder.of(model, about.get("prepend_bos")), path)
         metric = "logit_diff" if "wrong_answers" in columns else "log_probability"
         try:
             return cls.from_text(model, **columns, **{"name": Path(path).stem, "metric": metric, **about})
@@ -203,6 +207,22 @@ class PromptPairs:
         return cls.from_file(path, model, kind="json", **options)
 
 
+def _usable(columns: dict[str, list], encode: "Encoder", path) -> dict[str, list]:
+    """The rows that this tokenizer can say; warns how many it cannot, and why the first."""
+    n_rows, reasons = len(columns["clean"]), {}
+    for i in range(n_rows):
+        row = {name: values[i] for name, values in columns.items()}
+        answers = [a for name in ("answers", "wrong_answers") if name in row for a in _listed(row[name])]
+        if reason := encode.refusal(row["clean"], row["corrupt"], answers):
+            reasons[i] = reason
+    if len(reasons) == n_rows:
+        raise TaskError(f"{path}: none of its {n_rows} pairs can be used; the first: {reasons[0]}")
+    if reasons:
+        first = next(iter(reasons.values()))
+        warnings.warn(f"{path}: left out {len(reasons)} of {n_rows} pairs; the first: {first}", stacklevel=3)
+    return {name: [v for i, v in enumerate(values) if i not in reasons] for name, values in columns.items()}
+
+
 def _listed(value: Any) -> list:
     return [value] if isinstance(value, str | int) else list(value)
 
@@ -215,6 +235,12 @@ class Encoder:
         self.unknown = getattr(tokenizer, "unk_token_id", None)
         if self.unknown == getattr(tokenizer, "eos_token_id", None):  # GPT-2 names its end token so, and never uses it
             self.unknown = None
+
+    @classmethod
+    def of(cls, model, prepend_bos: bool | None = None) -> "Encoder":
+        """A model's encoder; `prepend_bos=None` does what the model was trained with."""
+        default = getattr(model.cfg, "prepend_bos", getattr(model.cfg, "default_prepend_bos", True))
+        return cls(model.tokenizer, default if prepend_bos is None else prepend_bos, model.cfg.d_vocab)
 
     def __call__(self, text: str) -> list[int]:
         ids = tok.ids_of(self.tokenizer, text, prepend_bos=self.prepend_bos)
@@ -239,3 +265,15 @@ class Encoder:
             pieces = tok.token_strings(self.tokenizer, added)
             raise TaskError(f"answer {answer!r} is {len(added)} tokens {pieces}, not one (prompt {prompt!r})")
         return added[0]
+
+    def refusal(self, clean: str, corrupt: str, answers: Sequence[str | int]) -> str | None:
+        """Why this tokenizer cannot say a pair; None if it can."""
+        try:
+            ids, corrupt_ids = self(clean), self(corrupt)
+            if len(ids) != len(corrupt_ids):
+                return f"{clean!r} and {corrupt!r} differ in length in its tokens"
+            for answer in answers:
+                self.answer(clean, ids, answer)
+        except (TaskError, ValueError) as error:
+            return str(error)
+        return None

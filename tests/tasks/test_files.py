@@ -300,3 +300,21 @@ def test_what_the_model_cannot_say_is_named_with_the_file(tiny, tmp_path):
     path = write_csv(tmp_path / "p.csv", [ROW, ROW | {"clean": "w0 Mary"}])
     refused(path, tiny("gpt2"), "Mary'?: not in the model's vocabulary")
     refused(write_csv(path, [ROW, ROW | {"clean": "w0 w1 w2"}]), tiny("gpt2"), "differ in length on prompts 1")
+
+
+def test_unusable_rows_are_left_out_on_request(shared_data, gpt2_words):
+    """Some nouns of this file are two tokens in the plural only, so not every pair aligns in GPT-2's tokens."""
+    path = shared_data / "tasks" / "feature_circuits" / "data" / "simple_test.json"
+    with pytest.raises(TaskError, match="differ in length on prompts"):
+        PromptPairs.from_jsonl(path, gpt2_words)
+    with pytest.warns(UserWarning, match=r"left out \d+ of \d+ pairs; the first: .* differ in length"):
+        pairs = PromptPairs.from_jsonl(path, gpt2_words, skip_unusable=True)
+    assert len(pairs) > 50
+    assert pairs.differs.any(1).all()
+
+
+def test_a_file_of_unusable_rows_only_is_refused(tmp_path, tiny):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"clean": "w0 w1", "corrupt": "w0", "answer": " w1"}\n', encoding="utf-8")
+    with pytest.raises(TaskError, match="none of its 1 pairs can be used"):
+        PromptPairs.from_jsonl(path, tiny("gpt2"), skip_unusable=True)
