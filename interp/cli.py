@@ -8,6 +8,7 @@
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ class Patch(Behaviour):
             positions=self.positions, window=self.window, neurons=self.neurons or None, normalize=self.normalize,
             engine=self.engine, batch_size=self.batch_size, progress=not self.quiet,
         )  # fmt: skip
+        if self.out is not None:
+            save_effects(effects, self.out)  # before anything is printed: a closed pipe must not cost the result
         print(strongest(effects))
         if self.out is not None:
-            save_effects(effects, self.out)
             print(f"\nscores: {self.out.resolve()}")
 
 
@@ -189,9 +191,14 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: print(f"interp: warning: {message}", file=sys.stderr)
         try:
             command.run()
+            sys.stdout.flush()
         except InterpError as error:
             print(f"interp: error: {error}", file=sys.stderr)
             return 2
+        except BrokenPipeError:  # the reader of our output has seen enough, as in `interp patch | head`
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # or Python complains when it flushes at exit
         except OSError as error:  # a full disk, a folder that went away
             print(f"interp: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
             return 2

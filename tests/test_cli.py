@@ -310,3 +310,19 @@ def test_no_command_and_unknown_commands_are_refused(capsys):
             main(arguments)
         assert stop.value.code == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_not_an_error_and_costs_nothing(folder, given, tmp_path):
+    """`interp patch ... --out x.csv | head -1`: the file is written, nothing is said about the pipe."""
+    out = tmp_path / "x.csv"
+    words = ["patch", "--model", str(folder), "--pairs", str(given()), "--quiet", "--out", str(out)]
+    code = f"import sys; from interp.cli import main; sys.stdin.read(); sys.exit(main({words!r}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()  # before it prints
+        process.stdin.close()
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert said == ""
+    assert out.stat().st_size > 0
