@@ -65,7 +65,8 @@ def exact_scores(
     """Run every intervention on the base run of every prompt and read all metrics from the same runs.
 
     source: where replaced values come from: the "other" run, "zero", or the "mean" of the other run over all prompts at
-    each position. Raises `PatchError` if a hook does not fire or a self-patch changes anything.
+    each position. Engine "hooks" raises `PatchError` if a hook does not fire or a self-patch changes anything; "sweep"
+    takes a `Transformer` without hooks of its own, and gives what cannot change exactly the base run's value.
     """
     one_of(engine, ENGINES, "engine")
     sites = list(dict.fromkeys(patch.site for intervention in interventions for patch in intervention))
