@@ -1,12 +1,17 @@
-"""Which rows a sweep has, where each joins, and where its tokens lie: bookkeeping in numpy, no model needed.
+"""Which rows a sweep has, when each comes on board, and where its tokens lie: bookkeeping in numpy, no model needed.
 
-A row is one (intervention, prompt). It joins the sweep at the first place that its patches touch, with the tokens from
-the first position that can change to the one the metric reads. Rows are ordered by where they join, so the active ones
-are always a prefix and nothing moves when others join. What cannot change the metric gets no row.
+A row is one (intervention, prompt). What cannot change the metric gets no row. A row begins at the first place that its
+patches touch, with the tokens from the first position that can change to the one the metric reads. Most rows begin with
+a change at a single position. Such a row is *lone*: it is one vector until the next attention spreads the change over
+its suffix. A lone row that begins after its layer's keys and values is a *guest* of that layer, which computes that one
+vector only, and comes on board with the next layer.
+
+Rows on board never move: they are ordered by the layer at whose start they come on board.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,24 +26,55 @@ _ORDER = ("resid_pre", "qkv", "pattern", "head", "attn_out", "resid_mid", "neuro
 STAGE = {name: i for i, name in enumerate(_ORDER)} | dict.fromkeys("qkv", 1)
 N_STAGES = len(_ORDER)
 ALL = np.iinfo(np.int64).min  # stands for None in integer tables
+_NAMES = list(SITES)
+
+
+def spell_out(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For runs of given lengths laid end to end: each element's run, and its place within the run."""
+    run = np.repeat(np.arange(len(lengths)), lengths)
+    return run, np.arange(len(run)) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 
 class Layout:
-    """Where each row's tokens lie in a packed buffer: row r holds positions starts[r] .. ends[r]-1 of its prompt."""
+    """Where rows' tokens lie in a packed buffer: slot i holds positions starts[i] .. ends[i]-1 of row rows[i]."""
 
-    def __init__(self, prompts: np.ndarray, starts: np.ndarray, ends: np.ndarray, device: torch.device):
-        lengths = ends - starts
-        self.prompts, self.starts, self.ends = prompts, starts, ends
-        self.offsets = np.concatenate([[0], lengths.cumsum()])
-        row = np.repeat(np.arange(len(lengths)), lengths)
-        positions = np.arange(len(row)) - self.offsets[row] + starts[row]
-        self.token_prompt = torch.from_numpy(prompts[row]).to(device)
-        self.token_position = torch.from_numpy(positions).to(device)
+    def __init__(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray):
+        self.rows, self.starts, self.ends = rows, starts, ends
+        self.lengths = ends - starts
+        self.offsets = np.concatenate([[0], self.lengths.cumsum()])
 
-    def take(self, values: Tensor, first_row: int, last_row: int) -> Tensor:
-        """values [prompt, position, ...] at the tokens of rows first_row..last_row-1."""
-        tokens = slice(self.offsets[first_row], self.offsets[last_row])
-        return values[self.token_prompt[tokens], self.token_position[tokens]]
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @cached_property
+    def _slot_of(self) -> np.ndarray:
+        slots = np.full(self.rows.max(initial=-1) + 1, -1)
+        slots[self.rows] = np.arange(len(self.rows))
+        return slots
+
+    def slots(self, rows: np.ndarray) -> np.ndarray:
+        """Slots of some rows; -1 for a row that is not here."""
+        if not len(self.rows):
+            return np.full(len(rows), -1)
+        return np.where(rows < len(self._slot_of), self._slot_of[np.minimum(rows, len(self._slot_of) - 1)], -1)
+
+    def spelled(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Slot and position of every token of slots first..last-1."""
+        slot, step = spell_out(self.lengths[first:last])
+        return slot + first, step + self.starts[slot + first]
+
+    def tokens(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where positions of slots lie in the buffer."""
+        return self.offsets[slots] + positions - self.starts[slots]
+
+    def overlap(self, other: "Layout", n: int) -> "Layout":
+        """The positions that both hold, of the first n slots, which are the same rows in both."""
+        starts = np.maximum(self.starts[:n], other.starts[:n])
+        return Layout(self.rows[:n], starts, np.maximum(starts, np.minimum(self.ends[:n], other.ends[:n])))
 
 
 @dataclass
@@ -54,21 +90,61 @@ class Entries:
 
 @dataclass
 class Plan:
-    """Which rows there are, where each joins, and what is patched where. Rows are in the order in which they join."""
+    """Which rows there are, when each comes on board, and what is patched where."""
 
     cell: np.ndarray  # [row] number of the intervention
     prompt: np.ndarray  # [row]
     start: np.ndarray  # [row] first position that can change
     end: np.ndarray  # [row] one past the position that is read
-    join: np.ndarray  # [row] layer * N_STAGES + stage
-    point: (
-        np.ndarray
-    )  # [row] the one position that the layer where it joins must compute after attention; -1: all of them
+    begin: np.ndarray  # [row] layer * N_STAGES + stage of the first patch
+    enter: np.ndarray  # [row] layer at whose start it comes on board; sorted
+    spread: np.ndarray  # [row] layer whose attention spreads a lone row's change; -1: changed everywhere from the start
+    n_layers: int
     entries: dict[tuple[int, str], Entries] = field(repr=False)
 
-    def joined(self, layer: int, stage: int) -> int:
-        """How many rows have joined once this stage of this layer has been reached."""
-        return int(np.searchsorted(self.join, layer * N_STAGES + stage, side="right"))
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def on_board(self, layer: int) -> int:
+        """How many rows are on board at the start of a layer."""
+        return int(np.searchsorted(self.enter, layer, side="right"))
+
+    def guests(self, layer: int) -> np.ndarray:
+        """Rows that begin in this layer and come on board after it, by stage."""
+        first = self.on_board(layer)
+        rows = np.arange(first, self.on_board(layer + 1))
+        rows = rows[self.begin[rows] // N_STAGES == layer]
+        return rows[np.argsort(self.begin[rows], kind="stable")]
+
+    def before_attention(self, layer: int) -> Layout:
+        """What each row in a layer's attention has of its own when the layer begins."""
+        guests = self.guests(layer)
+        early = guests[self.begin[guests] % N_STAGES <= STAGE["pattern"]]
+        rows = np.concatenate([np.arange(self.on_board(layer)), early])
+        ends = np.where(self.spread[rows] >= layer, self.start[rows] + 1, self.end[rows])
+        return Layout(rows, self.start[rows], ends)
+
+    def after_attention(self, layer: int) -> Layout:
+        """What is computed from attention on: the changed positions; in the last layer only the one that is read."""
+        rows = np.concatenate([np.arange(self.on_board(layer)), self.guests(layer)])
+        if layer == self.n_layers - 1:
+            return Layout(rows, self.end[rows] - 1, self.end[rows])
+        ends = np.where(self.spread[rows] > layer, self.start[rows] + 1, self.end[rows])
+        return Layout(rows, self.start[rows], ends)
+
+    def take(self, first_cell: int, last_cell: int) -> "Plan":
+        """The rows of some interventions, which are counted from 0 again."""
+        keep = (self.cell >= first_cell) & (self.cell < last_cell)
+        rank = np.cumsum(keep) - 1
+        entries = {}
+        for key, e in self.entries.items():
+            here = keep[e.row]
+            if here.any():
+                entries[key] = Entries(
+                    rank[e.row[here]], e.prompt[here], e.position[here], e.unit[here], e.source_position[here]
+                )
+        per_row = (self.prompt, self.start, self.end, self.begin, self.enter, self.spread)
+        return Plan(self.cell[keep] - first_cell, *(column[keep] for column in per_row), self.n_layers, entries)
 
 
 def plan(interventions: Sequence[Intervention], pairs: PromptPairs, n_layers: int, *, first_change: np.ndarray) -> Plan:
@@ -76,50 +152,57 @@ def plan(interventions: Sequence[Intervention], pairs: PromptPairs, n_layers: in
 
     first_change: [prompt], the first position at which a patched value can differ from the base run's.
     """
-    names = list(SITES)
-    flat = [(c, p) for c, intervention in enumerate(interventions) for p in intervention]
     table = np.array(
         [
-            (c, p.layer, STAGE[p.site], names.index(p.site), -1 if p.unit is None else p.unit,
+            (c, p.layer, _NAMES.index(p.site), -1 if p.unit is None else p.unit,
              ALL if p.position is None else p.position, ALL if p.source_position is None else p.source_position)
-            for c, p in flat
+            for c, intervention in enumerate(interventions) for p in intervention
         ],
         dtype=np.int64,
-    ).reshape(-1, 7)  # fmt: skip
-    _, layer, stage, site, _, position, _ = (column[:, None] for column in table.T)
-    end = pairs.lengths.cpu().numpy()[None]
-    first = first_change[None]
+    ).reshape(-1, 6)  # fmt: skip
+    stages = np.array([STAGE[name] for name in _NAMES])[table[:, 2]]
+    is_q = table[:, 2] == _NAMES.index("q")
+    last_layer = table[:, 1] == n_layers - 1
+
+    position, end, first = table[:, 4, None], pairs.lengths.cpu().numpy()[None], first_change[None]
     at = np.where(position == ALL, first, np.where(position < 0, end + position, position))  # [patch, prompt]
     alive = (at >= first) & (at < end)
     # In the last layer everything after the keys and values matters only at the position that is read.
-    late = (layer == n_layers - 1) & ((stage >= STAGE["pattern"]) | (site == names.index("q")))
-    alive &= ~late | (position == ALL) | (at == end - 1)
-    only_read = (layer == n_layers - 1) & (stage >= STAGE["pattern"])
+    late = last_layer & ((stages >= STAGE["pattern"]) | is_q)
+    alive &= ~late[:, None] | (position == ALL) | (at == end - 1)
 
     patch, prompt = alive.nonzero()
-    row_key = table[patch, 0] * len(pairs) + prompt
-    keys, row = np.unique(row_key, return_inverse=True)
-    start = np.full(len(keys), np.iinfo(np.int64).max)
-    join = start.copy()
-    np.minimum.at(start, row, np.where(only_read, end - 1, at)[patch, prompt])
-    np.minimum.at(join, row, (layer * N_STAGES + stage)[patch, 0])
-    # Queries, patterns and whatever comes after attention touch their own position only, as far as their layer goes.
-    first_layer = layer[patch, 0] == join[row] // N_STAGES
-    local = ((stage >= STAGE["pattern"]) | (site == names.index("q")))[patch, 0] & (position[patch, 0] != ALL)
-    low, high = np.full(len(keys), np.iinfo(np.int64).max), np.full(len(keys), -1)
-    np.minimum.at(low, row[first_layer], np.where(local, at[patch, prompt], -1)[first_layer])
-    np.maximum.at(high, row[first_layer], at[patch, prompt][first_layer])
-    point = np.where(low == high, low, -1)
-    row_cell, row_prompt = np.divmod(keys, len(pairs))
+    keys, row = np.unique(table[patch, 0] * len(pairs) + prompt, return_inverse=True)
+    cell, row_prompt = np.divmod(keys, len(pairs))
+    at, layer, stage, everywhere = at[patch, prompt], table[patch, 1], stages[patch], position[patch, 0] == ALL
     row_end = end[0, row_prompt]
-    order = np.lexsort((row_cell, row_prompt, row_end, start, join))
+    start, begin = row_end.copy(), np.full(len(keys), n_layers * N_STAGES)
+    only_read = last_layer[patch] & (stage >= STAGE["pattern"])
+    np.minimum.at(start, row, np.where(only_read, row_end[row] - 1, at))
+    np.minimum.at(begin, row, layer * N_STAGES + stage)
+
+    first_layer = begin // N_STAGES
+    spreads_there = np.zeros(len(keys), dtype=bool)  # the change is there before the layer's attention
+    spreads_there[row[(layer == first_layer[row]) & (stage <= STAGE["qkv"]) & ~is_q[patch]]] = True
+    spread = first_layer + ~spreads_there
+    # Lone: up to the attention that spreads it, all patches are at the row's first position.
+    elsewhere = everywhere | (at != start[row])
+    in_spread = (layer == spread[row]) & ((stage == STAGE["pattern"]) | (stage < STAGE["pattern"]) & elsewhere)
+    wide = np.zeros(len(keys), dtype=bool)
+    wide[row[in_spread | (layer < spread[row]) & elsewhere]] = True
+    enter = np.where(wide, first_layer + (begin % N_STAGES > STAGE["pattern"]), spread)
+    spread[wide] = -1
+
+    order = np.lexsort((cell, row_prompt, row_end, start, wide, enter))
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     row = rank[row]
     entries = {}
-    for key in np.unique(table[patch][:, [1, 3]], axis=0):
-        here = (table[patch, 1] == key[0]) & (table[patch, 3] == key[1])
-        p, i = patch[here], prompt[here]
-        where = np.where(table[p, 5] == ALL, ALL, at[p, i])
-        entries[int(key[0]), names[key[1]]] = Entries(row[here], i, where, table[p, 4], table[p, 6])
-    return Plan(row_cell[order], row_prompt[order], start[order], row_end[order], join[order], point[order], entries)
+    place = layer * len(_NAMES) + table[patch, 2]
+    by_place = np.argsort(place, kind="stable")
+    for group in np.split(by_place, np.flatnonzero(np.diff(place[by_place])) + 1) if len(place) else []:
+        key = int(layer[group[0]]), _NAMES[table[patch[group[0]], 2]]
+        where = np.where(everywhere[group], ALL, at[group])
+        entries[key] = Entries(row[group], prompt[group], where, *table[patch[group]][:, [3, 5]].T)
+    per_row = (cell, row_prompt, start, row_end, begin, enter, spread)
+    return Plan(*(column[order] for column in per_row), n_layers, entries)

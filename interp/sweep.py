@@ -71,28 +71,24 @@ class SweepRuns:
     ) -> Iterator[tuple[int, np.ndarray, Tensor, Float[Tensor, "row d_model"]]]:
         """Chunk by chunk: (interventions done, each row's intervention, its prompt, its final residual stream where it
         is read). Pairs of intervention and prompt without a row leave the base run as it is."""
-        for first, last in self.chunks(interventions):
-            rows = self._plan(interventions[first:last])
-            resid = self.model.W_E.new_empty(0, self.model.cfg.d_model)
-            if len(rows.cell):
-                resid = Walk(self.model, self.pairs, rows, self.base_values, self.source_values).final_resid()
-            prompts = torch.from_numpy(rows.prompt).to(self.pairs.clean.device)
-            yield last, rows.cell + first, prompts, resid
+        whole = plan(interventions, self.pairs, self.model.cfg.n_layers, first_change=self.first_change)
+        for first, last in self.chunks(whole, len(interventions)):
+            part = whole.take(first, last) if last - first < len(interventions) else whole
+            rows, resid = np.zeros(0, dtype=np.int64), self.model.W_E.new_empty(0, self.model.cfg.d_model)
+            if len(part):
+                rows, resid = Walk(self.model, self.pairs, part, self.base_values, self.source_values).final_resid()
+            yield last, part.cell[rows] + first, torch.from_numpy(part.prompt[rows]).to(self.pairs.clean.device), resid
 
-    def _plan(self, interventions: Sequence[Intervention]) -> Plan:
-        return plan(interventions, self.pairs, self.model.cfg.n_layers, first_change=self.first_change)
-
-    def chunks(self, interventions: Sequence[Intervention]) -> list[tuple[int, int]]:
+    def chunks(self, rows: Plan, n_interventions: int) -> list[tuple[int, int]]:
         """Ranges of interventions that fit into `max_memory`; one too large by itself is a range of its own."""
-        rows = self._plan(interventions)
-        cost = np.bincount(rows.cell, self._row_bytes(rows), minlength=len(interventions))
+        cost = np.bincount(rows.cell, self._row_bytes(rows), minlength=n_interventions)
         ranges, first, used = [], 0, 0.0
         for i, n_bytes in enumerate(cost):
             if used + n_bytes > self.max_memory and i > first:
                 ranges.append((first, i))
                 first, used = i, 0.0
             used += n_bytes
-        return [*ranges, (first, len(interventions))]
+        return [*ranges, (first, n_interventions)]
 
     def _row_bytes(self, rows: Plan) -> np.ndarray:
         """Estimated peak bytes of each row: its tokens' vectors, its keys and values in full, its scores, its logits."""

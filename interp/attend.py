@@ -1,0 +1,219 @@
+"""Attention of a sweep's rows over the base run's keys and values and their own.
+
+What a row has not changed it reads from the base run of its prompt. Two cases, both exact:
+
+* *suffix*: the row's own keys and values run from some position to its end. Its queries see the base run's keys before
+  that position and its own from there on.
+* *spread*: the row has changed at one position p only. Later queries are the base run's, so attention without p is the
+  same for all rows of a prompt that changed at p; with z_hole, lse_hole its mix and its log-sum-exp, and s the new score
+  of p,
+
+      z = z_hole + sigmoid(s - lse_hole) (v_p - z_hole)
+
+  which costs one interpolation per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.model import ops
+from interp.model.transformer import Attention
+from interp.rows import Layout, spell_out
+from interp.rules import GRADIENT
+
+_HOLE_ELEMENTS = 1 << 22  # scores of attention without one position that are held at a time
+
+Heads = Float[Tensor, "token head d_head"]
+
+
+@dataclass
+class Own:
+    """Queries, keys and values of rows' own, packed, as they enter the scores, and where they lie."""
+
+    q: Heads
+    k: Heads
+    v: Heads
+    q_layout: Layout
+    kv_layout: Layout
+
+
+@dataclass
+class Base:
+    """The base run's queries, keys and values of one layer, as they enter the scores: [prompt, position, head, d_head]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _index(array: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
+
+
+def suffix_attention(
+    attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads, after: Layout, first_slot: int, last_slot: int,
+    patch: Callable[[Tensor, int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """z of some slots at the positions that `after` names, written into z; their own keys and values run to the last.
+
+    prompts: [slot]. patch: called with (pattern [slot, head, query, key], first slot, first query position) before the
+    pattern is used. Slots with the same positions attend together.
+    """
+    q_layout, kv, cap = own.q_layout, own.kv_layout, attn.cfg.attn_softcap
+    places = np.stack([kv.starts, q_layout.starts, q_layout.ends])[:, first_slot:last_slot]
+    edges = np.flatnonzero((np.diff(places, axis=1) != 0).any(0)) + 1 + first_slot
+    which = _index(prompts, z)
+    for a, b in zip([first_slot, *edges], [*edges, last_slot], strict=True):
+        start, first_query, end = int(kv.starts[a]), int(q_layout.starts[a]), int(q_layout.ends[a])
+        queries, keys = slice(q_layout.offsets[a], q_layout.offsets[b]), slice(kv.offsets[a], kv.offsets[b])
+        q, k, v = (x.unflatten(0, (b - a, -1)) for x in (own.q[queries], own.k[keys], own.v[keys]))
+        if start > 0:
+            k, v = (
+                torch.cat([x[:, :start].index_select(0, which[a:b]), y], 1) for x, y in ((base.k, k), (base.v, v))
+            )
+        at = torch.arange(end, device=z.device)
+        forbidden = ops.causal_mask(at[first_query:], at, attn.window)
+        if cap is None and patch is None:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, ~forbidden, scale=attn.scale, enable_gqa=True)
+            mixed = mixed.transpose(1, 2)
+        else:
+            scores = ops.attention_scores(q, k, scale=attn.scale, softcap=cap, rules=GRADIENT)
+            pattern = ops.attention_pattern(scores.masked_fill(forbidden, -torch.inf), GRADIENT)
+            if patch is not None:
+                patch(pattern, a, first_query)
+            mixed = ops.attention_mix(pattern, v, GRADIENT)
+        out = slice(int(after.offsets[a]), int(after.offsets[b]))
+        z[out].unflatten(0, (b - a, -1)).copy_(mixed)
+
+
+def spread_attention(
+    attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads, after: Layout, first_slot: int, last_slot: int,
+) -> None:  # fmt: skip
+    """z at the positions that `after` names of slots that changed at one position each, written into z."""
+    n = last_slot - first_slot
+    if n == 0:
+        return
+    slots = slice(first_slot, last_slot)
+    point, prompts = own.kv_layout.starts[slots], prompts[slots]
+    q, k, v = (
+        x[int(layout.offsets[first_slot]) : int(layout.offsets[last_slot])]
+        for x, layout in ((own.q, own.q_layout), (own.k, own.kv_layout), (own.v, own.kv_layout))
+    )
+    v_heads = _for_each_head(v, base.q.shape[2])
+    by_prompt = _ByPrompt(prompts, len(base.k), z)
+    slot, position = after.spelled(first_slot, last_slot)
+    row = slot - first_slot
+    out = z[int(after.offsets[first_slot]) : int(after.offsets[last_slot])]
+    at_point = position == point[row]
+    if at_point.any():
+        own_query = _at_the_point(attn, by_prompt.table(q), by_prompt.table(k), base, by_prompt.table_of(point))
+        rows = _index(row[at_point], z)
+        z_own, weight = (by_prompt.untable(x)[rows] for x in own_query)
+        out[_index(np.flatnonzero(at_point), z)] = z_own + weight[..., None].to(z.dtype) * v_heads[rows]
+    later = np.flatnonzero(~at_point)
+    if len(later) == 0:
+        return
+    # scores of the base run's queries with each row's new key: [prompt, head, query, row of that prompt]
+    scores = ops.attention_scores(
+        base.q, by_prompt.table(k), scale=attn.scale, softcap=attn.cfg.attn_softcap, rules=GRADIENT
+    )
+    scores = scores.permute(0, 2, 3, 1)
+    if attn.window is not None:
+        distance = torch.arange(scores.shape[1], device=z.device)[:, None] - by_prompt.table_of(point)[:, None]
+        scores = scores.masked_fill((distance >= attn.window)[..., None], -torch.inf)
+    # rows that changed one prompt at one position share what attention is without it
+    pair_key = prompts * base.q.shape[1] + point
+    pairs, pair_of = np.unique(pair_key, return_inverse=True)
+    pair_prompt, pair_point = np.divmod(pairs, base.q.shape[1])
+    query, query_of = np.unique(position[later], return_inverse=True)
+    per_block = max(1, _HOLE_ELEMENTS // (base.q.shape[2] * len(query) * base.k.shape[1]))
+    for first in range(0, len(pairs), per_block):
+        block = slice(first, first + per_block)
+        z_hole, lse_hole = _without_point(attn, base, pair_prompt[block], pair_point[block], query)
+        mine = np.ones(len(later), dtype=bool)
+        if len(pairs) > per_block:
+            pair = pair_of[row[later]]
+            mine = (pair >= first) & (pair < first + per_block)
+        token = later[mine]
+        where = _index(token, z)
+        r = row[token]
+        hole = _index((pair_of[r] - first) * len(query) + query_of[mine], z)
+        s = scores[_index(prompts[r], z), _index(position[token], z), _index(by_prompt.place[r], z)]
+        weight = torch.sigmoid(ops.at_least_float32(s) - lse_hole[hole]).to(z.dtype)
+        mixed = z_hole[hole].lerp_(v_heads.index_select(0, _index(r, z)), weight[..., None])
+        if len(token) == len(row):
+            out.copy_(mixed)
+        else:
+            out[where] = mixed
+
+
+def _at_the_point(
+    attn: Attention, q: Tensor, k: Tensor, base: Base, point: Tensor
+) -> tuple[Float[Tensor, "prompt row head d_head"], Float[Tensor, "prompt row head"]]:
+    """A changed query over the base run's keys before it and its own: the mix without its own value, and that's weight.
+
+    q, k: [prompt, row, head, d_head]; point: [prompt, row].
+    """
+    cap, n_heads = attn.cfg.attn_softcap, q.shape[2]
+    scores = ops.attention_scores(q, base.k, scale=attn.scale, softcap=cap, rules=GRADIENT)
+    own = (q * _for_each_head(k, n_heads)).sum(-1) * attn.scale  # [prompt, row, head]
+    own = own if cap is None else GRADIENT.soft_cap(own, cap)
+    forbidden = ops.causal_mask(point, torch.arange(scores.shape[-1], device=q.device), attn.window)
+    at = point[:, None, :, None].expand(-1, n_heads, -1, 1)
+    scores = scores.masked_fill(forbidden[:, None], -torch.inf).scatter(-1, at, own.transpose(1, 2)[..., None])
+    pattern = ops.attention_pattern(scores, GRADIENT)
+    weight = pattern.gather(-1, at)
+    return ops.attention_mix(pattern.scatter(-1, at, 0), base.v, GRADIENT), weight[..., 0].transpose(1, 2)
+
+
+def _without_point(
+    attn: Attention, base: Base, prompts: np.ndarray, points: np.ndarray, queries: np.ndarray
+) -> tuple[Float[Tensor, "place head d_head"], Float[Tensor, "place head"]]:
+    """Attention of the base run without one position of one prompt, at some queries; place is (pair, query)."""
+    which, point, query = _index(prompts, base.q), _index(points, base.q), _index(queries, base.q)
+    scores = ops.attention_scores(
+        base.q[:, query], base.k, scale=attn.scale, softcap=attn.cfg.attn_softcap, rules=GRADIENT
+    )
+    key = torch.arange(base.k.shape[1], device=query.device)
+    forbidden = ops.causal_mask(query, key, attn.window) | (key == point[:, None, None])  # [pair, query, key]
+    scores = ops.at_least_float32(scores[which]).masked_fill(forbidden[:, None], -torch.inf)
+    lse = scores.logsumexp(-1)  # where a query comes before its pair's point nobody reads the result
+    pattern = (scores - lse[..., None]).exp().to(base.v.dtype)
+    mixed = ops.attention_mix(pattern, base.v[which], GRADIENT)
+    return mixed.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _for_each_head(x: Float[Tensor, "*rows kv_head d_head"], n_heads: int) -> Float[Tensor, "*rows head d_head"]:
+    """Keys or values as each query head reads them."""
+    return x if x.shape[-2] == n_heads else x.repeat_interleave(n_heads // x.shape[-2], -2)
+
+
+class _ByPrompt:
+    """Rows side by side with those of the same prompt: [prompt, place], padded, so that one product serves all."""
+
+    def __init__(self, prompts: np.ndarray, n_prompts: int, like: Tensor):
+        order = np.argsort(prompts, kind="stable")
+        counts = np.bincount(prompts, minlength=n_prompts)
+        _, step = spell_out(counts)
+        self.place = np.empty_like(step)
+        self.place[order] = step
+        self.rows = np.zeros((n_prompts, counts.max()), dtype=np.int64)  # padding repeats row 0; nobody reads it
+        self.rows[prompts, self.place] = np.arange(len(prompts))
+        self._index = _index(self.rows, like)
+        self._back = _index(prompts * self.rows.shape[1] + self.place, like)
+
+    def table(self, x: Float[Tensor, "row *rest"]) -> Float[Tensor, "prompt place *rest"]:
+        return x[self._index]
+
+    def table_of(self, per_row: np.ndarray) -> Tensor:
+        return _index(per_row, self._index)[self._index]
+
+    def untable(self, x: Float[Tensor, "prompt place *rest"]) -> Float[Tensor, "row *rest"]:
+        return x.flatten(0, 1)[self._back]
