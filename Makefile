@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/interp discover
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --jaxtyping-packages=interp,beartype.beartype
+	$(BIN)/python -m pytest -n $(WORKERS) --jaxtyping-packages=interp,interp_kernels,beartype.beartype
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -36,9 +36,9 @@ Heads = Float[Tensor, "token head d_head"]
 class Own:
     """Queries, keys and values of rows' own, packed, as they enter the scores, and where they lie."""
 
-    q: Heads
-    k: Heads
-    v: Heads
+    q: Float[Tensor, "query head d_head"]
+    k: Float[Tensor, "token kv_head d_head"]
+    v: Float[Tensor, "token kv_head d_head"]
     q_layout: Layout
     kv_layout: Layout
 
@@ -57,26 +57,24 @@ def _index(array: np.ndarray, like: Tensor) -> Tensor:
 
 
 def suffix_attention(
-    attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads, after: Layout, first_slot: int, last_slot: int,
+    attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads,
     patch: Callable[[Tensor, int, int], None] | None = None,
 ) -> None:  # fmt: skip
-    """z of some slots at the positions that `after` names, written into z; their own keys and values run to the last.
+    """z at the rows' own queries, written into z; their own keys and values run up to the last query.
 
     prompts: [slot]. patch: called with (pattern [slot, head, query, key], first slot, first query position) before the
     pattern is used. Slots with the same positions attend together.
     """
     q_layout, kv, cap = own.q_layout, own.kv_layout, attn.cfg.attn_softcap
-    places = np.stack([kv.starts, q_layout.starts, q_layout.ends])[:, first_slot:last_slot]
-    edges = np.flatnonzero((np.diff(places, axis=1) != 0).any(0)) + 1 + first_slot
+    places = np.stack([kv.starts, q_layout.starts, q_layout.ends])
+    edges = (np.flatnonzero((np.diff(places, axis=1) != 0).any(0)) + 1).tolist()
     which = _index(prompts, z)
-    for a, b in zip([first_slot, *edges], [*edges, last_slot], strict=True):
+    for a, b in zip([0, *edges], [*edges, len(kv)], strict=True):
         start, first_query, end = int(kv.starts[a]), int(q_layout.starts[a]), int(q_layout.ends[a])
         queries, keys = slice(q_layout.offsets[a], q_layout.offsets[b]), slice(kv.offsets[a], kv.offsets[b])
         q, k, v = (x.unflatten(0, (b - a, -1)) for x in (own.q[queries], own.k[keys], own.v[keys]))
         if start > 0:
-            k, v = (
-                torch.cat([x[:, :start].index_select(0, which[a:b]), y], 1) for x, y in ((base.k, k), (base.v, v))
-            )
+            k, v = (torch.cat([x[:, :start].index_select(0, which[a:b]), y], 1) for x, y in ((base.k, k), (base.v, v)))
         at = torch.arange(end, device=z.device)
         forbidden = ops.causal_mask(at[first_query:], at, attn.window)
         if cap is None and patch is None:
@@ -89,69 +87,50 @@ def suffix_attention(
             if patch is not None:
                 patch(pattern, a, first_query)
             mixed = ops.attention_mix(pattern, v, GRADIENT)
-        out = slice(int(after.offsets[a]), int(after.offsets[b]))
-        z[out].unflatten(0, (b - a, -1)).copy_(mixed)
+        z[queries].unflatten(0, (b - a, -1)).copy_(mixed)
 
 
-def spread_attention(
-    attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads, after: Layout, first_slot: int, last_slot: int,
-) -> None:  # fmt: skip
-    """z at the positions that `after` names of slots that changed at one position each, written into z."""
-    n = last_slot - first_slot
-    if n == 0:
-        return
-    slots = slice(first_slot, last_slot)
-    point, prompts = own.kv_layout.starts[slots], prompts[slots]
-    q, k, v = (
-        x[int(layout.offsets[first_slot]) : int(layout.offsets[last_slot])]
-        for x, layout in ((own.q, own.q_layout), (own.k, own.kv_layout), (own.v, own.kv_layout))
-    )
-    v_heads = _for_each_head(v, base.q.shape[2])
+def spread_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads, after: Layout) -> None:
+    """z at the positions that `after` names of rows that changed at one position each, written into z.
+
+    prompts: [slot]; slots are ordered by position and prompt.
+    """
+    point, n_heads = own.kv_layout.starts, base.q.shape[2]
+    v_heads = _for_each_head(own.v, n_heads)
     by_prompt = _ByPrompt(prompts, len(base.k), z)
-    slot, position = after.spelled(first_slot, last_slot)
-    row = slot - first_slot
-    out = z[int(after.offsets[first_slot]) : int(after.offsets[last_slot])]
-    at_point = position == point[row]
-    if at_point.any():
-        own_query = _at_the_point(attn, by_prompt.table(q), by_prompt.table(k), base, by_prompt.table_of(point))
-        rows = _index(row[at_point], z)
+    keys = by_prompt.table(own.k)
+    slot, position = after.spelled(0, len(after))
+    later = position > point[slot]
+    if later.any():
+        # scores of the base run's queries with each row's new key: [prompt, query, row of that prompt, head]
+        scores = ops.attention_scores(
+            base.q, keys, scale=attn.scale, softcap=attn.cfg.attn_softcap, rules=GRADIENT
+        ).permute(0, 2, 3, 1)
+        if attn.window is not None:
+            distance = torch.arange(scores.shape[1], device=z.device)[:, None] - by_prompt.table_of(point)[:, None]
+            scores = scores.masked_fill((distance >= attn.window)[..., None], -torch.inf)
+        row = _index(slot, z)
+        s = scores[_index(prompts[slot], z), _index(position, z), _index(by_prompt.place[slot], z)]
+        # rows that changed one prompt at one position share what attention is without it
+        new_pair = np.concatenate([[True], (np.diff(prompts) != 0) | (np.diff(point) != 0)])
+        pair, firsts = new_pair.cumsum() - 1, np.flatnonzero(new_pair)
+        first_query = int(position[later].min())
+        queries = np.arange(first_query, int(position.max()) + 1)
+        hole = pair[slot] * len(queries) + np.maximum(position - first_query, 0)
+        per_block = max(1, _HOLE_ELEMENTS // (n_heads * len(queries) * base.k.shape[1]))
+        for first in range(0, len(firsts), per_block):
+            block = firsts[first : first + per_block]
+            tokens = slice(*np.searchsorted(pair[slot], [first, first + per_block]).tolist())
+            z_hole, lse_hole = _without_point(attn, base, prompts[block], point[block], queries)
+            at = _index(hole[tokens] - first * len(queries), z)
+            weight = torch.sigmoid(ops.at_least_float32(s[tokens]) - lse_hole.index_select(0, at)).to(z.dtype)
+            torch.index_select(z_hole, 0, at, out=z[tokens])
+            z[tokens].lerp_(v_heads.index_select(0, row[tokens]), weight[..., None])
+    if not later.all():
+        rows = _index(slot[~later], z)
+        own_query = _at_the_point(attn, by_prompt.table(own.q), keys, base, by_prompt.table_of(point))
         z_own, weight = (by_prompt.untable(x)[rows] for x in own_query)
-        out[_index(np.flatnonzero(at_point), z)] = z_own + weight[..., None].to(z.dtype) * v_heads[rows]
-    later = np.flatnonzero(~at_point)
-    if len(later) == 0:
-        return
-    # scores of the base run's queries with each row's new key: [prompt, head, query, row of that prompt]
-    scores = ops.attention_scores(
-        base.q, by_prompt.table(k), scale=attn.scale, softcap=attn.cfg.attn_softcap, rules=GRADIENT
-    )
-    scores = scores.permute(0, 2, 3, 1)
-    if attn.window is not None:
-        distance = torch.arange(scores.shape[1], device=z.device)[:, None] - by_prompt.table_of(point)[:, None]
-        scores = scores.masked_fill((distance >= attn.window)[..., None], -torch.inf)
-    # rows that changed one prompt at one position share what attention is without it
-    pair_key = prompts * base.q.shape[1] + point
-    pairs, pair_of = np.unique(pair_key, return_inverse=True)
-    pair_prompt, pair_point = np.divmod(pairs, base.q.shape[1])
-    query, query_of = np.unique(position[later], return_inverse=True)
-    per_block = max(1, _HOLE_ELEMENTS // (base.q.shape[2] * len(query) * base.k.shape[1]))
-    for first in range(0, len(pairs), per_block):
-        block = slice(first, first + per_block)
-        z_hole, lse_hole = _without_point(attn, base, pair_prompt[block], pair_point[block], query)
-        mine = np.ones(len(later), dtype=bool)
-        if len(pairs) > per_block:
-            pair = pair_of[row[later]]
-            mine = (pair >= first) & (pair < first + per_block)
-        token = later[mine]
-        where = _index(token, z)
-        r = row[token]
-        hole = _index((pair_of[r] - first) * len(query) + query_of[mine], z)
-        s = scores[_index(prompts[r], z), _index(position[token], z), _index(by_prompt.place[r], z)]
-        weight = torch.sigmoid(ops.at_least_float32(s) - lse_hole[hole]).to(z.dtype)
-        mixed = z_hole[hole].lerp_(v_heads.index_select(0, _index(r, z)), weight[..., None])
-        if len(token) == len(row):
-            out.copy_(mixed)
-        else:
-            out[where] = mixed
+        z[_index(np.flatnonzero(~later), z)] = z_own + weight[..., None] * v_heads[rows]
 
 
 def _at_the_point(

@@ -9,6 +9,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -49,12 +50,25 @@ class Behaviour:
     """Default: torch's default device."""
     dtype: str | None = None
     """Default: the checkpoint's."""
-    engine: Literal["hooks", "sweep"] = "hooks"
-    """hooks: a forward pass per place. sweep: all places in one growing batch, much faster."""
+    engine: Literal["sweep", "hooks"] = "sweep"
+    """sweep: all places in one growing batch. hooks: a forward pass per place, slow and obviously right."""
+    max_memory: str | None = None
+    """Memory that the sweep may take at a time, as 800M or 4G (default: three quarters of what is free)."""
     batch_size: int | None = None
     """Prompts per forward pass (default: all)."""
     quiet: bool = False
-    """No progress bars."""
+    """No progress bars and no plans."""
+
+    def running(self) -> dict:
+        """The options of a run that do not change its result. Plans are told as they are made."""
+
+        def announce(plan: object) -> None:
+            if not self.quiet:
+                print(f"interp: {plan}", file=sys.stderr)
+
+        memory = None if self.max_memory is None else _n_bytes(self.max_memory)
+        return {"engine": self.engine, "max_memory": memory, "batch_size": self.batch_size,
+                "announce": announce, "progress": not self.quiet}  # fmt: skip
 
     def load(self) -> "tuple[object, PromptPairs]":
         """The model and its prompt pairs."""
@@ -93,12 +107,13 @@ class Discover(Behaviour):
         from interp.files import check_writable
 
         check_writable(self.out)
+        running = self.running()
         model, pairs = self.load()
         from interp.discovery import discover
 
         found = discover(
             model, pairs, metric=self.metric, direction=self.direction, ablation=self.ablation,
-            engine=self.engine, batch_size=self.batch_size, seed=self.seed, progress=not self.quiet,
+            seed=self.seed, **running,
         )  # fmt: skip
         found.report(self.out)
         print(found.text())
@@ -131,6 +146,7 @@ class Patch(Behaviour):
             raise OptionError(f"cannot write {kind}: use .csv, .parquet or .html")
         if self.out is not None and self.out.suffix == ".html" and (len(self.sites) > 1 or self.window > 1):
             raise OptionError("an .html heatmap shows one site and no windows; use .csv or .parquet")
+        running = self.running()
         model, pairs = self.load()
         from interp.patching import activation_patching
         from interp.tables import save_effects, strongest
@@ -138,7 +154,7 @@ class Patch(Behaviour):
         effects = activation_patching(
             model, pairs, self.sites, metric=self.metric or pairs.metric, direction=self.direction,
             positions=self.positions, window=self.window, neurons=self.neurons or None, normalize=self.normalize,
-            engine=self.engine, batch_size=self.batch_size, progress=not self.quiet,
+            **running,
         )  # fmt: skip
         if self.out is not None:
             save_effects(effects, self.out)  # before anything is printed: a closed pipe must not cost the result
@@ -170,6 +186,16 @@ class Tasks:
             print(f"{name}: {task.summary} (metric {task.metric}, {task.n_templates} wordings)")
             for corruption, describe in task.corruptions.items():
                 print(f"    {corruption}: {describe}")
+
+
+def _n_bytes(text: str) -> int:
+    """800M, 4G or plain bytes as a number of bytes."""
+    from interp.errors import OptionError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise OptionError(f"{text!r} is not an amount of memory: write 800M or 4G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 Command = (

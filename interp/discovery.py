@@ -19,6 +19,7 @@ import pandas as pd
 import xarray as xr
 
 from interp.errors import name_some, one_of
+from interp.exact import Announce
 from interp.faithfulness import ABLATIONS, node_faithfulness
 from interp.metrics import METRICS, Metric, get_metric
 from interp.model.run import logits_at
@@ -89,20 +90,26 @@ class Discovery:
 def discover(
     model, pairs: PromptPairs, *, level: Literal["node"] = "node", metric: str | Callable | Metric | None = None,
     direction: Literal["denoise", "noise"] = "denoise", ablation: Literal["corrupt", "zero", "mean"] = "corrupt",
-    engine: Literal["hooks", "sweep"] = "hooks", top_heads: int = 4, batch_size: int | None = None, seed: int = 0,
-    progress: bool = False,
+    engine: Literal["sweep", "hooks"] = "sweep", top_heads: int = 4, max_memory: int | None = None,
+    batch_size: int | None = None, seed: int = 0, announce: Announce = None, progress: bool = False,
 ) -> Discovery:  # fmt: skip
     """Exact node patching, ranking, detection and faithfulness in one call.
 
     metric: default is the one the pairs are usually scored with. ablation: what replaces components outside the circuit
-    in the faithfulness check. engine: see `activation_patching`. top_heads: how many of the strongest heads are also
-    patched position by position.
+    in the faithfulness check. top_heads: how many of the strongest heads are also patched position by position. engine,
+    max_memory, announce: see `activation_patching`.
     """
     one_of(level, ("node",), "level")
     one_of(direction, DIRECTIONS, "direction")
     one_of(ablation, ABLATIONS, "ablation")
     metric = get_metric(pairs.metric if metric is None else metric)
-    runs = {"engine": engine, "batch_size": batch_size, "progress": progress}
+    runs = {
+        "engine": engine,
+        "max_memory": max_memory,
+        "batch_size": batch_size,
+        "progress": progress,
+        "announce": announce,
+    }
     options = {"metric": metric, "direction": direction, **runs}
     effects = activation_patching(model, pairs, _residual_sites(model), **options)
     whole = activation_patching(model, pairs, ["head", "mlp_out"], positions="all", **options)

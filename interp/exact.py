@@ -5,7 +5,7 @@ It splits the prompts into batches, makes the unpatched runs and hands the inter
 them in one growing batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,11 +18,13 @@ from interp.errors import one_of
 from interp.interventions import Intervention, PatchedRuns, mean_values
 from interp.metrics import Metric
 from interp.model.run import logits_at
-from interp.sweep import SweepRuns
+from interp.sweep import SweepPlan, SweepRuns, check_sweepable
 from interp.tasks.pairs import PromptPairs
 
 SIDES = ("clean", "corrupt")
-ENGINES = ("hooks", "sweep")
+ENGINES = ("sweep", "hooks")
+_LOGITS = 1 << 24  # logits held at a time
+Announce = Callable[[SweepPlan], None] | None
 
 
 @dataclass(frozen=True)
@@ -41,66 +43,102 @@ class Scores:
 
 
 class Reader:
-    """Reads all metrics from logits at the read position: [metric, prompt], or [metric, row] given each row's prompt."""
+    """Reads all metrics from logits at the read position: [metric, prompt], or [metric, row] given each row's prompt.
 
-    def __init__(self, pairs: PromptPairs, metrics: Sequence[Metric], clean_logits: Float[Tensor, "prompt d_vocab"]):
+    columns: token ids of the logits that it takes, or None for the whole vocabulary. With `narrow`, only the answers'
+    tokens if every metric is content with those.
+    """
+
+    def __init__(self, pairs: PromptPairs, metrics: Sequence[Metric], *, narrow: bool = False):
         # a metric needs the tokens and answers; what else a pair carries would be copied for every row
         self.pairs = replace(pairs, token_strings=None, embedding_noise=None, noise_mask=None)
-        self.metrics, self.clean_logits = metrics, clean_logits
+        self.metrics, self.columns, self.clean_logits = metrics, None, None
+        if narrow and all(metric.reads == "answers" for metric in metrics):
+            sides = {name: getattr(pairs, name) for name in ("answers", "wrong_answers")}
+            tokens = torch.cat([ids.flatten() for ids in sides.values() if ids is not None])
+            self.columns = tokens[tokens >= 0].unique()
+            places = {
+                name: torch.searchsorted(self.columns, ids).masked_fill(ids < 0, -1)
+                for name, ids in sides.items() if ids is not None
+            }  # fmt: skip
+            self.pairs = replace(self.pairs, **places)
 
     def __call__(
-        self, logits: Float[Tensor, "row d_vocab"], prompts: Int[Tensor, " row"] | None = None
+        self, logits: Float[Tensor, "row column"], prompts: Int[Tensor, " row"] | None = None
     ) -> Float[Tensor, "metric row"]:
         pairs, clean = self.pairs, self.clean_logits
         if prompts is not None:
-            pairs, clean = pairs.take(prompts), clean[prompts]
+            pairs, clean = pairs.take(prompts), None if clean is None else clean[prompts]
         return torch.stack([metric(logits, pairs, clean) for metric in self.metrics]).cpu()
 
 
 def exact_scores(
     model, pairs: PromptPairs, interventions: Sequence[Intervention], *, metrics: Sequence[Metric],
     base: Literal["clean", "corrupt"], source: Literal["other", "zero", "mean"] = "other",
-    engine: Literal["hooks", "sweep"] = "hooks", batch_size: int | None = None, progress: bool = False, title: str = "patching",
+    engine: Literal["sweep", "hooks"] = "sweep", max_memory: int | None = None, batch_size: int | None = None,
+    announce: Announce = None, progress: bool = False, title: str = "patching",
 ) -> Scores:  # fmt: skip
     """Run every intervention on the base run of every prompt and read all metrics from the same runs.
 
     source: where replaced values come from: the "other" run, "zero", or the "mean" of the other run over all prompts at
     each position. Engine "hooks" raises `PatchError` if a hook does not fire or a self-patch changes anything; "sweep"
     takes a `Transformer` without hooks of its own, and gives what cannot change exactly the base run's value.
+    max_memory, announce: see `interp.sweep.SweepRuns` and `interp.sweep.SweepPlan`.
     """
     one_of(engine, ENGINES, "engine")
     sites = list(dict.fromkeys(patch.site for intervention in interventions for patch in intervention))
-    layers = sorted({patch.layer for intervention in interventions for patch in intervention})
     chunks = pairs.chunks(batch_size)
+    if engine == "sweep":
+        check_sweepable(model)
+        if announce is not None:
+            announce(SweepPlan.of(model, chunks, interventions, source=source, max_memory=max_memory))
     if source == "mean":
         source = mean_values(model, chunks, "corrupt" if base == "clean" else "clean", sites)
-    patched, clean, corrupt = [], [], []
+    parts: list[Scores] = []
     total = len(chunks) * len(interventions)
     with tqdm(total=total, desc=title, unit="run", disable=None if progress else True, leave=False) as bar:
         for chunk in chunks:
+            options = {"base": base, "sites": sites, "source": source}
             if engine == "hooks":
-                runs = PatchedRuns(model, chunk, base=base, sites=sites, layers=layers, source=source)
-                runs.check()
+                parts.append(_by_hooks(model, chunk, interventions, metrics, options, bar.update))
             else:
-                runs = SweepRuns(model, chunk, base=base, sites=sites, source=source)
-            logits = {side: logits_at(model, chunk.tokens(side), chunk.read_at, chunk.hooks(side)) for side in SIDES}
-            read = Reader(chunk, metrics, logits["clean"])
-            clean.append(read(logits["clean"]))
-            corrupt.append(read(logits["corrupt"]))
-            if engine == "hooks":
-                columns = []
-                for found in runs.run(interventions):
-                    columns.append(read(found))
-                    bar.update()
-                patched.append(torch.stack(columns, -1))
-            else:
-                # what has no row cannot differ from the base run
-                values = (clean if base == "clean" else corrupt)[-1][..., None].repeat(1, 1, len(interventions))
-                reached = 0
-                for done, cells, prompts, resid in runs.run(interventions):
-                    if len(cells):
-                        values[:, prompts.cpu(), torch.from_numpy(cells)] = read(model.unembed_resid(resid), prompts)
-                    bar.update(done - reached)
-                    reached = done
-                patched.append(values)
-    return Scores(torch.cat(patched, 1), torch.cat(clean, 1), torch.cat(corrupt, 1), base)
+                parts.append(
+                    _by_sweep(model, chunk, interventions, metrics, options | {"max_memory": max_memory}, bar.update)
+                )
+    return Scores(*(torch.cat([getattr(p, name) for p in parts], 1) for name in ("patched", *SIDES)), base)
+
+
+def _by_hooks(model, pairs: PromptPairs, interventions: Sequence[Intervention], metrics, options, update) -> Scores:
+    layers = sorted({patch.layer for intervention in interventions for patch in intervention})
+    runs = PatchedRuns(model, pairs, layers=layers, **options)
+    runs.check()
+    read = Reader(pairs, metrics)
+    logits = {side: logits_at(model, pairs.tokens(side), pairs.read_at, pairs.hooks(side)) for side in SIDES}
+    read.clean_logits = logits["clean"]
+    columns = []
+    for found in runs.run(interventions):
+        columns.append(read(found))
+        update()
+    return Scores(torch.stack(columns, -1), *(read(logits[side]) for side in SIDES), options["base"])
+
+
+def _by_sweep(model, pairs: PromptPairs, interventions: Sequence[Intervention], metrics, options, update) -> Scores:
+    runs, read = SweepRuns(model, pairs, **options), Reader(pairs, metrics, narrow=True)
+    logits = {side: model.unembed_resid(runs.final_resid[side], columns=read.columns) for side in SIDES}
+    read.clean_logits = logits["clean"]
+    unpatched = {side: read(logits[side]) for side in SIDES}
+    # what has no row cannot differ from the base run
+    values = unpatched[options["base"]][..., None].repeat(1, 1, len(interventions))
+    block = max(1, _LOGITS // (model.cfg.d_vocab if read.columns is None else len(read.columns)))
+
+    def read_rows(resid: Tensor, prompts: Tensor) -> Tensor:
+        rows = zip(resid.split(block), prompts.split(block), strict=True)
+        return torch.cat([read(model.unembed_resid(r, columns=read.columns), p) for r, p in rows], 1)
+
+    reached = 0
+    for done, cells, prompts, found in runs.run(interventions, read_rows):
+        values[:, prompts.cpu(), torch.from_numpy(cells)] = found
+        update(done - reached)
+        reached = done
+    update(len(interventions) - reached)
+    return Scores(values, *unpatched.values(), options["base"])

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from interp.errors import OptionError, SiteError, one_of
-from interp.exact import exact_scores
+from interp.exact import Announce, exact_scores
 from interp.interventions import Patch
 from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
@@ -22,8 +22,9 @@ ABLATIONS = ("corrupt", "zero", "mean")
 
 def node_faithfulness(
     model, pairs: PromptPairs, ranking: Sequence[str], *, sizes: Sequence[int] | None = None,
-    metric: str | Metric = "logit_diff", ablation: str = "corrupt", engine: Literal["hooks", "sweep"] = "hooks",
-    batch_size: int | None = None, seed: int = 0, progress: bool = False,
+    metric: str | Metric = "logit_diff", ablation: str = "corrupt", engine: Literal["sweep", "hooks"] = "sweep",
+    max_memory: int | None = None, batch_size: int | None = None, seed: int = 0, announce: Announce = None,
+    progress: bool = False,
 ) -> xr.Dataset:  # fmt: skip
     """Recovered metric by circuit size: the clean run with only the first n nodes of a ranking left as they are.
 
@@ -58,7 +59,9 @@ def node_faithfulness(
         base="clean",
         source="other" if ablation == "corrupt" else ablation,
         engine=engine,
+        max_memory=max_memory,
         batch_size=batch_size,
+        announce=announce,
         progress=progress,
         title="faithfulness",
     )

@@ -16,7 +16,7 @@ A plain callable is a metric too: `f(logits)` or `f(logits, pairs)`, returning [
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -33,13 +33,18 @@ Values = Float[Tensor, " prompt"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A named metric: `compute(logits, pairs, clean_logits)`; `needs` lists "wrong_answers" and/or "clean_logits"."""
+    """A named metric: `compute(logits, pairs, clean_logits)`; `needs` lists "wrong_answers" and/or "clean_logits".
+
+    reads: "answers" if the logits of the answers' and wrong answers' tokens are all that it looks at; it may then be
+    handed those columns only, with the pairs' answers counted among them.
+    """
 
     name: str
     unit: str
     compute: Callable[[Logits, "PromptPairs", Logits | None], Values]
     describe: str = ""
     needs: tuple[str, ...] = ()
+    reads: Literal["vocabulary", "answers"] = "vocabulary"
 
     def __call__(self, logits: Logits, pairs: "PromptPairs", clean_logits: Logits | None = None) -> Values:
         """Values [prompt], in float32 at least; `MetricError` if one of them is not finite, naming the prompts."""
@@ -88,8 +93,10 @@ def _accuracy(logits, pairs, clean):
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
-        Metric("logit_diff", "logits", _logit_diff, "answer minus wrong answer", ("wrong_answers",)),
-        Metric("answer_logit", "logits", lambda x, p, _: _mean_logit(x, p.answers), "logit of the answer"),
+        Metric("logit_diff", "logits", _logit_diff, "answer minus wrong answer", ("wrong_answers",), "answers"),
+        Metric(
+            "answer_logit", "logits", lambda x, p, _: _mean_logit(x, p.answers), "logit of the answer", (), "answers"
+        ),
         Metric("log_probability", "nats", lambda x, p, _: _log_mass(x, p.answers), "log-probability of the answer"),
         Metric(
             "probability", "probability", lambda x, p, _: _log_mass(x, p.answers).exp(), "probability of the answer"

@@ -21,7 +21,7 @@ import xarray as xr
 from torch import Tensor
 
 from interp.errors import MetricError, OptionError, SiteError, name_some, one_of
-from interp.exact import exact_scores
+from interp.exact import Announce, exact_scores
 from interp.interventions import Intervention, Patch
 from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
@@ -37,8 +37,8 @@ def activation_patching(
     model, pairs: PromptPairs, sites: str | Sequence[str], *,
     metric: str | Callable | Metric | Sequence[str | Callable | Metric] = "logit_diff",
     direction: Literal["denoise", "noise"] = "denoise", positions: Positions = "each", window: int = 1,
-    neurons: Sequence[str] | None = None, normalize: bool = False, engine: Literal["hooks", "sweep"] = "hooks",
-    batch_size: int | None = None, progress: bool = False,
+    neurons: Sequence[str] | None = None, normalize: bool = False, engine: Literal["sweep", "hooks"] = "sweep",
+    max_memory: int | None = None, batch_size: int | None = None, announce: Announce = None, progress: bool = False,
 ) -> xr.DataArray | xr.Dataset:  # fmt: skip
     """Exact effect of patching every place of one or several sites.
 
@@ -58,9 +58,11 @@ def activation_patching(
     those names belong to axes. Padding is NaN. Coordinates carry token strings, node ids, and each prompt's metric
     on the clean and the corrupt run; attrs say how the scores were made.
 
-    engine: "hooks" makes one forward pass per cell, checks that each hook fired and that patching a run with itself
-        changes nothing (`PatchError` otherwise), and takes a TransformerBridge too. "sweep" runs all cells as one
-        growing batch, which is much faster and agrees to rounding (`interp.sweep`).
+    engine: "sweep" runs all cells as one growing batch (`interp.sweep`); it takes a model from `load_model` without hooks
+        of its own. "hooks" makes one forward pass per cell, checks that each hook fired and that patching a run with
+        itself changes nothing (`PatchError` otherwise), and takes a TransformerBridge too. They agree to rounding.
+    max_memory: bytes that the sweep may take at a time (default: three quarters of what is free).
+    announce: called with the sweep's `SweepPlan` (cells, chunks, FLOPs, bytes) before it starts.
     """
     one_of(direction, DIRECTIONS, "direction")
     several = not isinstance(metric, str | Metric) and isinstance(metric, Sequence)
@@ -77,7 +79,7 @@ def activation_patching(
     interventions = [list(grid.interventions()) for grid in grids]
     scores = exact_scores(
         model, pairs, [i for chosen in interventions for i in chosen], metrics=metrics, base=DIRECTIONS[direction], engine=engine,
-        batch_size=batch_size, progress=progress,
+        max_memory=max_memory, batch_size=batch_size, announce=announce, progress=progress,
     )  # fmt: skip
     effects, gap = scores.effects, scores.clean - scores.corrupt
     warn_small_gap(gap[0], metrics[0].name)
@@ -88,29 +90,35 @@ def activation_patching(
         "normalized": int(normalize), "positions": positions if isinstance(positions, str) else str(list(positions)),
         "window": window, **metric_attrs(metrics, direction, normalize), **provenance(model, pairs),
     }  # fmt: skip
-    per_prompt = {"metric_clean": scores.clean, "metric_corrupt": scores.corrupt}
     dims = ("metric", "prompt") if several else ("prompt",)
-    baselines = {name: (dims, (v if several else v[0]).numpy()) for name, v in per_prompt.items()}
-    arrays: dict[str, xr.DataArray] = {}
+    lead: dict = {"prompt": range(len(pairs))} | ({"metric": [m.name for m in metrics]} if several else {})
+    for name, values in (("metric_clean", scores.clean), ("metric_corrupt", scores.corrupt)):
+        lead[name] = (dims, (values if several else values[0]).numpy())
+    coords, arrays = lead, {}
     for grid, values in zip(grids, effects.split([len(i) for i in interventions], -1), strict=True):
-        for name, array in grid.label(values, metrics if several else None, pairs):
-            arrays[name] = array.assign_coords(baselines).assign_attrs(attrs | {"site": grid.site.name})
+        axes, labels = grid.axes(pairs)
+        coords = coords | axes | labels
+        for name, array in grid.arrays(values.numpy(), pairs):
+            about = attrs | {"site": grid.site.name}
+            arrays[name] = ((*dims, *axes), array if several else array[0], about)
     if len(arrays) == 1:
-        return next(iter(arrays.values()))
-    return xr.Dataset(arrays, attrs=attrs)
+        axes, values, about = next(iter(arrays.values()))
+        return xr.DataArray(values, coords, axes, attrs=about)
+    return xr.Dataset(arrays, coords, attrs)
 
 
 def patch_nodes(
     model, pairs: PromptPairs, nodes: Sequence[str], *, metric: str | Callable | Metric = "logit_diff",
-    direction: Literal["denoise", "noise"] = "denoise", engine: Literal["hooks", "sweep"] = "hooks",
-    batch_size: int | None = None, progress: bool = False,
+    direction: Literal["denoise", "noise"] = "denoise", engine: Literal["sweep", "hooks"] = "sweep",
+    max_memory: int | None = None, batch_size: int | None = None, announce: Announce = None, progress: bool = False,
 ) -> xr.DataArray:  # fmt: skip
     """Exact effect of a few nodes' outputs position by position: [prompt, node, position]. Node ids: "a3.h2", "m5"."""
     cfg, metric, width = config_of(model), get_metric(metric), pairs.clean.shape[1]
     parsed = [parse_node(node, cfg) for node in nodes]
     scores = exact_scores(
         model, pairs, [(Patch.of_node(node, position),) for node in parsed for position in range(width)],
-        metrics=[metric], base=DIRECTIONS[direction], engine=engine, batch_size=batch_size, progress=progress,
+        metrics=[metric], base=DIRECTIONS[direction], engine=engine, max_memory=max_memory, batch_size=batch_size,
+        announce=announce, progress=progress,
     )  # fmt: skip
     values = scores.effects[0].reshape(len(pairs), len(parsed), width).numpy()
     coords = {
@@ -119,8 +127,8 @@ def patch_nodes(
     }  # fmt: skip
     attrs = {"method": "activation_patching", "engine": engine, "direction": direction, "site": "nodes",
              **metric_attrs([metric], direction), **provenance(model, pairs)}  # fmt: skip
-    array = xr.DataArray(values, dims=("prompt", "node", "position"), coords=coords, attrs=attrs)
-    return _without_padding(array, pairs)
+    values = _without_padding(values, range(width), pairs, prompt_axis=0)
+    return xr.DataArray(values, dims=("prompt", "node", "position"), coords=coords, attrs=attrs)
 
 
 def metric_attrs(metrics: Sequence[Metric], direction: str, normalize: bool = False) -> dict[str, str]:
@@ -182,56 +190,64 @@ class Grid:
                 for place in self.places:
                     yield tuple(Patch(name, layer, **place) for layer in range(first, first + self.window))
 
-    def label(self, values: Tensor, metrics, pairs: PromptPairs) -> Iterator[tuple[str, xr.DataArray]]:
-        """Named DataArrays from values [metric, prompt, cell] in the order of `interventions`."""
+    def axes(self, pairs: PromptPairs) -> tuple[dict, dict]:
+        """Coordinates of the axes after `prompt`, in order, and labels along them: node ids and token strings."""
+        axes, labels, width = {}, {}, range(pairs.clean.shape[1])
+        if self.neurons is not None:
+            axes["neuron"] = [str(n) for n in self.neurons]
+        else:
+            axes["layer"] = list(self.layers)
+        if self.units is not None:
+            axes[self.site.unit] = list(self.units)
+        if self.site.name == "head":
+            nodes = [[str(Node("head", layer, head)) for head in self.units] for layer in self.layers]
+            labels["node"] = (("layer", "head"), nodes)
+        if self.cells is not None:
+            axes |= {"position": width, "source": width}
+            labels["source_token"] = ("source", position_labels(pairs, width))
+        elif self.positions is not None:
+            axes["position"] = list(self.positions)
+        if "position" in axes:
+            labels["token"] = ("position", position_labels(pairs, axes["position"]))
+        return axes, labels
+
+    def arrays(self, values: np.ndarray, pairs: PromptPairs) -> Iterator[tuple[str, np.ndarray]]:
+        """Named arrays [metric, prompt, *axes] from values [metric, prompt, cell] in the order of `interventions`."""
         lead = values.shape[:2]
         n_single = self.n_layers * len(self.places) if self.neurons is None else values.shape[-1]
         single = values[..., :n_single]
         if self.neurons is not None or self.window == 1:
-            yield self.site.variable, self._array(single.numpy(), metrics, pairs)
+            yield self.site.variable, self._spread_out(single, pairs)
             return
-        joint = values[..., n_single:]
         single = single.reshape(*lead, self.n_layers, -1)
-        summed = torch.stack([single[:, :, first : first + self.window].sum(2) for first in self.layers], 2)
-        yield self.site.variable, self._array(joint.numpy(), metrics, pairs)
-        yield f"{self.site.variable}_summed", self._array(summed.reshape(*lead, -1).numpy(), metrics, pairs)
+        summed = np.stack([single[:, :, first : first + self.window].sum(2) for first in self.layers], 2)
+        yield self.site.variable, self._spread_out(values[..., n_single:], pairs)
+        yield f"{self.site.variable}_summed", self._spread_out(summed, pairs)
 
-    def _array(self, values: np.ndarray, metrics, pairs: PromptPairs) -> xr.DataArray:
-        coords: dict = {"metric": None, "prompt": range(len(pairs))}
-        if self.neurons is not None:
-            coords["neuron"] = [str(n) for n in self.neurons]
-        else:
-            coords["layer"] = list(self.layers)
-            if self.units is not None:
-                coords[self.site.unit] = list(self.units)
-        sizes = [*values.shape[:2], *(len(v) for name, v in coords.items() if name not in ("metric", "prompt"))]
+    def _spread_out(self, values: np.ndarray, pairs: PromptPairs) -> np.ndarray:
+        n_layers = len(self.layers) if self.neurons is None else len(self.neurons)
+        sizes = [*values.shape[:2], n_layers, *(() if self.units is None else (len(self.units),))]
         if self.cells is not None:
             width = pairs.clean.shape[1]
             full = np.full((*sizes, width, width), np.nan, dtype=values.dtype)
             queries, keys = zip(*self.cells, strict=True)
             full[..., list(queries), list(keys)] = values.reshape(*sizes, len(self.cells))
-            values, coords = full, coords | {"position": range(width), "source": range(width)}
-        elif self.positions is not None:
-            values, coords = values.reshape(*sizes, len(self.positions)), coords | {"position": list(self.positions)}
-        else:
-            values = values.reshape(sizes)
-        coords["metric"] = range(values.shape[0]) if metrics is None else [m.name for m in metrics]
-        array = xr.DataArray(values, dims=tuple(coords), coords=coords)
-        if self.site.name == "head":
-            nodes = [[str(Node("head", layer, head)) for head in self.units] for layer in self.layers]
-            array = array.assign_coords(node=(("layer", "head"), nodes))
-        for dim, name in (("position", "token"), ("source", "source_token")):
-            if dim in array.dims:
-                array = array.assign_coords({name: (dim, position_labels(pairs, array[dim].values.tolist()))})
-        array = _without_padding(array, pairs)
-        return array.isel(metric=0, drop=True) if metrics is None else array
+            return _without_padding(full, range(width), pairs, axis=-2)
+        if self.positions is None:
+            return values.reshape(sizes)
+        return _without_padding(values.reshape(*sizes, len(self.positions)), self.positions, pairs)
 
 
-def _without_padding(array: xr.DataArray, pairs: PromptPairs) -> xr.DataArray:
+def _without_padding(
+    values: np.ndarray, positions: Sequence[int], pairs: PromptPairs, *, prompt_axis: int = 1, axis: int = -1
+) -> np.ndarray:
     """NaN where a prompt has no such position: padding is no place, and its effect is not 0."""
-    if "position" not in array.dims:
-        return array
-    return array.where(array.position < xr.DataArray(pairs.lengths.cpu().numpy(), dims="prompt"))
+    padding = np.asarray(positions) >= pairs.lengths.cpu().numpy()[:, None]
+    if not padding.any():
+        return values
+    shape = np.ones(values.ndim, dtype=int)
+    shape[[prompt_axis, axis]] = padding.shape
+    return np.where(padding.reshape(shape), np.nan, values)
 
 
 def _grid(site: Site, pairs: PromptPairs, cfg, positions: Positions, neurons, window: int) -> Grid:

@@ -10,12 +10,10 @@ Rows on board never move: they are ordered by the layer at whose start they come
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from interp.interventions import Intervention
 from interp.sites import SITES
@@ -50,6 +48,10 @@ class Layout:
     def n_tokens(self) -> int:
         return int(self.offsets[-1])
 
+    def part(self, first: int, last: int) -> "Layout":
+        """Some of the slots, in a buffer of their own."""
+        return Layout(self.rows[first:last], self.starts[first:last], self.ends[first:last])
+
     @cached_property
     def _slot_of(self) -> np.ndarray:
         slots = np.full(self.rows.max(initial=-1) + 1, -1)
@@ -79,13 +81,24 @@ class Layout:
 
 @dataclass
 class Entries:
-    """The patches of one site in one layer, spelled out: which row, where, and from which prompt's source value."""
+    """The patches of one site in one layer, by row: where, and from which prompt's source value."""
 
-    row: np.ndarray
+    row: np.ndarray  # sorted
     prompt: np.ndarray
     position: np.ndarray  # ALL: every position of the row
     unit: np.ndarray  # -1: all units
     source_position: np.ndarray  # ALL: the pattern's whole row
+
+    def __getitem__(self, which: slice | np.ndarray) -> "Entries":
+        return Entries(*(getattr(self, f.name)[which] for f in fields(self)))
+
+    def of(self, layout: Layout) -> tuple["Entries", np.ndarray]:
+        """Those of a layout's rows, with their slots."""
+        if not len(layout):
+            return self[:0], np.zeros(0, dtype=np.int64)
+        near = self[slice(*np.searchsorted(self.row, [layout.rows.min(), layout.rows.max() + 1]))]
+        slot = layout.slots(near.row)
+        return near[slot >= 0], slot[slot >= 0]
 
 
 @dataclass
@@ -140,9 +153,8 @@ class Plan:
         for key, e in self.entries.items():
             here = keep[e.row]
             if here.any():
-                entries[key] = Entries(
-                    rank[e.row[here]], e.prompt[here], e.position[here], e.unit[here], e.source_position[here]
-                )
+                e = e[here]
+                entries[key] = replace(e, row=rank[e.row])
         per_row = (self.prompt, self.start, self.end, self.begin, self.enter, self.spread)
         return Plan(self.cell[keep] - first_cell, *(column[keep] for column in per_row), self.n_layers, entries)
 
@@ -199,7 +211,7 @@ def plan(interventions: Sequence[Intervention], pairs: PromptPairs, n_layers: in
     row = rank[row]
     entries = {}
     place = layer * len(_NAMES) + table[patch, 2]
-    by_place = np.argsort(place, kind="stable")
+    by_place = np.lexsort((row, place))
     for group in np.split(by_place, np.flatnonzero(np.diff(place[by_place])) + 1) if len(place) else []:
         key = int(layer[group[0]]), _NAMES[table[patch[group[0]], 2]]
         where = np.where(everywhere[group], ALL, at[group])

@@ -9,99 +9,214 @@ With c the FLOPs per token and layer, N = T - p0 positions that can change and S
 about c S L(L-1)/2 instead of the naive L T (L T c).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import OptionError, PatchError, one_of
 from interp.interventions import Intervention, Values
+from interp.model.config import ModelConfig
 from interp.model.run import record
 from interp.model.transformer import Transformer
-from interp.rows import Plan, plan
+from interp.rows import N_STAGES, STAGE, Plan, plan
 from interp.sites import SITES, get_site
 from interp.tasks.pairs import PromptPairs
 from interp.walk import Walk
+
+_AFTER_MID = ("resid_mid", "neuron", "mlp_out")  # rows that begin with these start from the stream after attention
+
+
+def check_sweepable(model) -> None:
+    """`OptionError` unless the sweep can compute this model; `PatchError` if it has hooks, which the sweep would pass by."""
+    if not isinstance(model, Transformer):
+        raise OptionError('engine "sweep" needs a model from load_model; a TransformerBridge takes engine "hooks"')
+    if attached := [name for name, point in model.hook_dict.items() if point.has_hooks()]:
+        raise PatchError(f'the model has a hook of its own at {attached[0]}: reset_hooks(), or use engine "hooks"')
+
+
+def first_change(pairs: PromptPairs, source: object) -> np.ndarray:
+    """[prompt]: the first position at which a patched value can differ from the base run's."""
+    if source != "other":
+        return np.zeros(len(pairs), dtype=np.int64)
+    differs = pairs.differs
+    return torch.where(differs.any(1), differs.int().argmax(1), pairs.lengths).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will do, known before it runs."""
+
+    cells: int  # interventions
+    prompts: int
+    rows: int  # pairs of intervention and prompt that can change anything
+    chunks: int
+    flops: float  # additions and multiplications of the rows and of the two unpatched runs
+    naive_flops: float  # one whole forward pass per cell and prompt
+    peak_bytes: int  # estimate, beside the model
+
+    @classmethod
+    def of(
+        cls, model: Transformer, batches: Sequence[PromptPairs], interventions: Sequence[Intervention], *,
+        source: object = "other", max_memory: int | None = None,
+    ) -> "SweepPlan":  # fmt: skip
+        """The plan for interventions on every batch of prompts."""
+        cfg, limit = model.cfg, _memory(model.device, max_memory)
+        rows, chunks, flops, naive, peak = 0, 0, 0.0, 0.0, 0.0
+        for pairs in batches:
+            whole = plan(interventions, pairs, cfg.n_layers, first_change=first_change(pairs, source))
+            ranges = chunk_ranges(whole, len(interventions), row_bytes(model, whole), limit)
+            rows, chunks = rows + len(whole), chunks + len(ranges)
+            plain = pairs.clean.numel() * cfg.n_layers * sum(_flops_per_token(cfg))
+            flops += 2 * plain + row_flops(cfg, whole)
+            naive += len(interventions) * plain
+            cost = np.bincount(whole.cell, row_bytes(model, whole), minlength=len(interventions))
+            peak = max(peak, *(cost[a:b].sum() for a, b in ranges))
+        return cls(len(interventions), sum(map(len, batches)), rows, chunks, flops, naive, int(peak))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cells:,} cells x {self.prompts:,} prompts: {self.rows:,} rows in {self.chunks:,} "
+            f"{'chunk' if self.chunks == 1 else 'chunks'}, {self.flops / 1e9:,.3g} GFLOP "
+            f"({self.naive_flops / self.flops:.3g}x less than a forward pass each), about {self.peak_bytes / 2**20:,.0f} MiB"
+        )
 
 
 class SweepRuns:
     """Interventions on one set of pairs, many at a time: the fast counterpart of `interp.interventions.PatchedRuns`.
 
-    base, sites, source: as there. max_memory: bytes that one chunk of interventions may take (default: half of what is
-    free, and on a CPU no more than 256 MiB, since larger chunks only leave the caches).
+    base, sites, source: as there. max_memory: bytes that one chunk of interventions may take (default: three quarters of
+    what is free). Running out of an accelerator's memory halves the chunk and goes on.
     """
 
     def __init__(
         self, model: Transformer, pairs: PromptPairs, *, base: Literal["clean", "corrupt"], sites: Sequence[str],
         source: Literal["other", "zero"] | Values = "other", max_memory: int | None = None,
     ):  # fmt: skip
-        if not isinstance(model, Transformer):
-            raise OptionError('engine "sweep" needs a model from load_model; a TransformerBridge takes engine "hooks"')
-        if attached := [name for name, point in model.hook_dict.items() if point.has_hooks()]:
-            raise PatchError(f"the model has a hook of its own at {attached[0]}: reset_hooks(), or use engine 'hooks'")
+        check_sweepable(model)
         self.model, self.pairs = model, pairs
-        self.max_memory = _default_memory(model.device) if max_memory is None else max_memory
-        layers = range(model.cfg.n_layers)
-        patched = [get_site(name, model.cfg).hook(layer) for name in sites for layer in layers]
-        # rows may begin anywhere, so all values of the base run are kept; patterns only if they are patched
-        kept = [s for s in SITES if s != "pattern" and not (s == "resid_mid" and model.cfg.parallel)]
-        names = {*patched, *(SITES[name].hook(layer) for name in kept for layer in layers)}
-        self.base_values = record(model, pairs.tokens(base), sorted(names), pairs.hooks(base))
+        self.max_memory = _memory(model.device, max_memory)
+        n_layers = model.cfg.n_layers
+        of = lambda names: {get_site(name, model.cfg).hook(layer) for name in names for layer in range(n_layers)}  # noqa: E731
+        patched = of(sites)
+        wanted = of(("resid_pre", "q", "k", "v")) | patched | {SITES["resid_post"].hook(n_layers - 1)}
+        if not {*_AFTER_MID}.isdisjoint(sites):
+            wanted |= of(("attn_out",) if model.cfg.parallel else ("resid_mid",))
+        runs = _both_runs(model, pairs, sorted(wanted))
+        at_end = torch.arange(len(pairs), device=pairs.clean.device), pairs.read_at
+        last = SITES["resid_post"].hook(n_layers - 1)
+        self.final_resid = {side: values[last][at_end] for side, values in runs.items()}
+        self.base_values = runs[base]
         if isinstance(source, dict):
             self.source_values = {name: source[name].expand(len(pairs), *source[name].shape[1:]) for name in patched}
         elif one_of(source, ("other", "zero"), "source of patched values") == "zero":
             self.source_values = {name: torch.zeros_like(self.base_values[name]) for name in patched}
         else:
-            other = "corrupt" if base == "clean" else "clean"
-            self.source_values = record(model, pairs.tokens(other), patched, pairs.hooks(other))
-        if source == "other":
-            differs = pairs.differs
-            first = torch.where(differs.any(1), differs.int().argmax(1), pairs.lengths)
-        else:
-            first = torch.zeros_like(pairs.lengths)
-        self.first_change = first.cpu().numpy()
+            self.source_values = runs["corrupt" if base == "clean" else "clean"]
+        self.first_change = first_change(pairs, source if isinstance(source, str) else "given")
 
     @torch.no_grad()
     def run(
-        self, interventions: Sequence[Intervention]
-    ) -> Iterator[tuple[int, np.ndarray, Tensor, Float[Tensor, "row d_model"]]]:
-        """Chunk by chunk: (interventions done, each row's intervention, its prompt, its final residual stream where it
-        is read). Pairs of intervention and prompt without a row leave the base run as it is."""
+        self, interventions: Sequence[Intervention], read: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[int, np.ndarray, Tensor, Tensor]]:
+        """Chunk by chunk: (interventions done, each row's intervention, its prompt, and what `read` makes of them).
+
+        read: called with the rows' final residual streams where they are read [row, d_model] and their prompts [row].
+        Pairs of intervention and prompt without a row leave the base run as it is.
+        """
         whole = plan(interventions, self.pairs, self.model.cfg.n_layers, first_change=self.first_change)
-        for first, last in self.chunks(whole, len(interventions)):
+        ranges = chunk_ranges(whole, len(interventions), row_bytes(self.model, whole), self.max_memory)
+        ranges.reverse()
+        while ranges:
+            first, last = ranges.pop()
             part = whole.take(first, last) if last - first < len(interventions) else whole
-            rows, resid = np.zeros(0, dtype=np.int64), self.model.W_E.new_empty(0, self.model.cfg.d_model)
-            if len(part):
+            if not len(part):
+                continue
+            try:
                 rows, resid = Walk(self.model, self.pairs, part, self.base_values, self.source_values).final_resid()
-            yield last, part.cell[rows] + first, torch.from_numpy(part.prompt[rows]).to(self.pairs.clean.device), resid
-
-    def chunks(self, rows: Plan, n_interventions: int) -> list[tuple[int, int]]:
-        """Ranges of interventions that fit into `max_memory`; one too large by itself is a range of its own."""
-        cost = np.bincount(rows.cell, self._row_bytes(rows), minlength=n_interventions)
-        ranges, first, used = [], 0, 0.0
-        for i, n_bytes in enumerate(cost):
-            if used + n_bytes > self.max_memory and i > first:
-                ranges.append((first, i))
-                first, used = i, 0.0
-            used += n_bytes
-        return [*ranges, (first, n_interventions)]
-
-    def _row_bytes(self, rows: Plan) -> np.ndarray:
-        """Estimated peak bytes of each row: its tokens' vectors, its keys and values in full, its scores, its logits."""
-        cfg, n_tokens = self.model.cfg, rows.end - rows.start
-        q, kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-        per_token = 5 * cfg.d_model + 4 * q + 2 * kv + 3 * cfg.d_mlp
-        n_queries = np.minimum(2 * n_tokens, rows.end)  # padded to a power of two
-        attention = 2 * rows.end * kv + 3 * cfg.n_heads * n_queries * rows.end + 2 * n_queries * q
-        reading = 3 * cfg.d_vocab  # logits, their logarithms and a metric's copy
-        return self.model.W_E.element_size() * (n_tokens * per_token + attention + reading)
+                prompts = torch.from_numpy(part.prompt[rows]).to(self.pairs.clean.device)
+                found = read(resid, prompts)
+            except torch.OutOfMemoryError as error:
+                if last - first == 1:
+                    raise OptionError(
+                        f"one intervention on {len(self.pairs)} prompts does not fit into memory: use a smaller batch_size"
+                    ) from error
+                resid = found = None
+                middle = (first + last) // 2
+                ranges += [(middle, last), (first, middle)]
+                continue
+            yield last, part.cell[rows] + first, prompts, found
 
 
-def _default_memory(device: torch.device) -> int:
+def _both_runs(model: Transformer, pairs: PromptPairs, names: Sequence[str]) -> dict[str, Values]:
+    """Values at hook points in the clean and in the corrupt run, from one forward pass where both are plain prompts."""
+    if pairs.hooks("corrupt"):
+        return {
+            side: record(model, pairs.tokens(side), names, pairs.hooks(side), copy=False)
+            for side in ("clean", "corrupt")
+        }
+    both = record(model, torch.cat([pairs.clean, pairs.corrupt]), names, copy=False)
+    n = len(pairs)
+    return {
+        "clean": {name: v[:n] for name, v in both.items()},
+        "corrupt": {name: v[n:] for name, v in both.items()},
+    }
+
+
+def chunk_ranges(rows: Plan, n_interventions: int, n_bytes: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """Ranges of interventions whose rows fit into `limit` bytes; one too large by itself is a range of its own."""
+    cost = np.bincount(rows.cell, n_bytes, minlength=n_interventions)
+    ranges, first, used = [], 0, 0.0
+    for i, n in enumerate(cost.tolist()):
+        if used + n > limit and i > first:
+            ranges.append((first, i))
+            first, used = i, 0.0
+        used += n
+    return [*ranges, (first, n_interventions)]
+
+
+def row_bytes(model: Transformer, rows: Plan) -> np.ndarray:
+    """Estimated peak bytes of each row: its tokens' streams, queries, keys, values and mixes, and its new scores."""
+    cfg = model.cfg
+    q, kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    n_tokens = rows.end - rows.start
+    per_token = 3 * cfg.d_model + 5 * q + 2 * kv
+    return model.W_E.element_size() * (n_tokens * per_token + 3 * cfg.n_heads * rows.end)
+
+
+def _flops_per_token(cfg: ModelConfig) -> tuple[int, int, int, int, int]:
+    """FLOPs of one token in one layer's matrices: queries; keys and values; W_O; into the neurons; out of them."""
+    q, kv, mlp = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head, cfg.d_mlp
+    return (2 * cfg.d_model * q, 4 * cfg.d_model * kv, 2 * cfg.d_model * q,
+            2 * cfg.d_model * mlp * (2 if cfg.gated else 1), 2 * cfg.d_model * mlp)  # fmt: skip
+
+
+def row_flops(cfg: ModelConfig, rows: Plan) -> float:
+    """FLOPs of a plan's rows in the layers' matrices; attention's own products, a few percent of them, are left out."""
+    per_q, per_kv, per_o, per_in, per_out = _flops_per_token(cfg)
+    total = 0.0
+    for layer in range(cfg.n_layers):
+        before, after, n = rows.before_attention(layer), rows.after_attention(layer), rows.on_board(layer)
+        lone = rows.spread[before.rows] >= layer
+        n_queries = np.where(lone, 1, np.minimum(before.lengths, after.lengths[: len(before)])).sum()
+        total += before.n_tokens * per_kv + n_queries * per_q
+        stage, length = rows.begin[after.rows] % N_STAGES, after.lengths
+        stage[:n] = 0
+        for cost, upto in ((per_o, "head"), (per_in, "resid_mid"), (per_out, "neuron")):
+            total += cost * length[stage <= STAGE[upto]].sum()
+    return float(total)
+
+
+def _memory(device: torch.device, max_memory: int | None) -> int:
+    """Bytes that a chunk may take."""
+    if max_memory is not None:
+        if max_memory < 1:
+            raise OptionError(f"max_memory is a number of bytes, at least 1, not {max_memory}")
+        return max_memory
     if device.type == "cpu":
-        return min(psutil.virtual_memory().available // 2, 1 << 28)
-    return torch.get_device_module(device).mem_get_info(device)[0] // 2
+        return psutil.virtual_memory().available * 3 // 4
+    return torch.get_device_module(device).mem_get_info(device)[0] * 3 // 4

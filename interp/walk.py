@@ -1,11 +1,12 @@
 """One walk through a model's layers with every row on board: the arithmetic of the sweep (see `interp.sweep`).
 
-Rows lie token after token in packed buffers. In each layer the rows on board, those that come on board with it and its
-guests (see `interp.rows`) are the slots of one layout: attention writes z for all of them, and everything after attention
-runs over blocks of tokens small enough to stay in a cache, with the layer's guests in the last block.
+Rows lie token after token in one packed buffer. In each layer the rows on board, those that come on board with it and
+its guests (see `interp.rows`) are the slots of one layout. A layer is computed block of slots by block of slots, each
+small enough for its intermediate values to stay in a cache, with the layer's guests in the last one.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from interp.rules import GRADIENT
 from interp.sites import SITES
 from interp.tasks.pairs import PromptPairs
 
-_BLOCK_ELEMENTS = 1 << 20  # MLP activations of one block of tokens on a CPU: 4 MiB in float32, which its caches hold
+_BLOCK_ELEMENTS = 1 << 21  # MLP activations of one block of tokens on a CPU: 8 MiB in float32, which its caches hold
 
 
 class Walk:
@@ -38,12 +39,12 @@ class Walk:
 
     def final_resid(self) -> tuple[np.ndarray, Tensor]:
         """Rows in some order, and the residual stream after the last layer where each is read: [row, d_model]."""
-        largest = max(layout.n_tokens for layout in (*self.before, *self.after))
+        largest = max(layout.n_tokens for layout in (*self.before, *self.after[:-1]))
         resid = self.model.W_E.new_empty(largest, self.cfg.d_model)
+        read = resid.new_empty(len(self.after[-1]), self.cfg.d_model)
         for layer in range(int(self.plan.begin.min()) // N_STAGES, self.cfg.n_layers):
-            self._layer(layer, resid)
-        last = self.after[-1]
-        return last.rows, resid[: len(last)]
+            self._layer(layer, resid, read if layer == self.cfg.n_layers - 1 else resid)
+        return self.after[-1].rows, read
 
     def value(self, site: str, layer: int) -> Tensor:
         """The base run's values."""
@@ -54,24 +55,38 @@ class Walk:
         slot, position = layout.spelled(first, last)
         return values[self._index(self.plan.prompt[layout.rows[slot]]), self._index(position)]
 
-    def _layer(self, layer: int, resid: Tensor) -> None:
-        """Take everything that is in by now through one layer; resid [token, d_model] is rearranged in place."""
+    def _layer(self, layer: int, resid: Tensor, result: Tensor) -> None:
+        """Take everything that is in by now through one layer: resid [token, d_model] becomes result, in place if it is
+        the same buffer."""
         before, after = self.before[layer], self.after[layer]
         x = self._board(layer, resid)
         self._patch(layer, "resid_pre", x, before)
-        z = self._attention(layer, x)
-        resid_pre = self.value("resid_pre", layer)
-        # slots whose tokens stay where they are
-        n_same = _n_equal(before, after)
-        kept = int(before.offsets[n_same])
-        moved = before.overlap(after, len(before))
-        slot, position = moved.spelled(n_same, len(before))
-        own = x[self._index(before.tokens(slot, position))]
-        computed = int(after.offsets[len(before)])
-        resid[kept:computed] = self._take(resid_pre, after, n_same, len(before))
-        resid[self._index(after.tokens(slot, position))] = own
-        for first, last in self._blocks(layer):
-            self._after_attention(layer, resid[first:last], z[first:last], first)
+        base = self._base_heads(layer)
+        # the tokens of the first slots stay where they are; those of the others move
+        n_same, moving, kept = 0, x, 0
+        if result is resid:
+            n_same = min(_n_equal(before, after), self.plan.on_board(layer))
+            kept = int(before.offsets[n_same])
+            moving = x[kept:].clone()
+        for first, last in self._blocks(layer, n_same):
+            n_attending = max(first, min(last, len(before)))
+            tokens = (
+                slice(int(before.offsets[first]), int(before.offsets[n_attending]))
+                if first < len(before)
+                else slice(0, 0)
+            )
+            own = x[tokens] if last <= n_same else moving[tokens.start - kept : tokens.stop - kept]
+            part, out = before.part(first, n_attending), after.part(first, last)
+            z = self._attention(layer, own, part, out, base)
+            new = result[int(after.offsets[first]) : int(after.offsets[last])]
+            if last > n_same:
+                same = part.overlap(out, len(part))
+                slot, position = same.spelled(0, len(part))
+                picked = own[self._index(part.tokens(slot, position))]
+                computed = int(out.offsets[len(part)])
+                new[:computed] = self._take(self.value("resid_pre", layer), out, 0, len(part))
+                new[self._index(out.tokens(slot, position))] = picked
+            self._after_attention(layer, new, z, out)
 
     def _board(self, layer: int, resid: Tensor) -> Tensor:
         """The residual stream before a layer: those on board stay, the guests of the last layer and new rows join."""
@@ -86,24 +101,18 @@ class Walk:
             resid[self._index(before.tokens(slot, position))] = guests
         return resid[: before.n_tokens]
 
-    def _attention(self, layer: int, x: Tensor) -> Tensor:
-        """z at the tokens that `after` names, for all rows that begin before the layer's heads have been mixed, and with
-        room for those that begin with a head."""
-        block, before, after = self.model.blocks[layer], self.before[layer], self.after[layer]
-        attn, n_slots = block.attn, len(before)
-        z = x.new_empty(self._end(layer, "head"), self.cfg.n_heads, self.cfg.d_head)
+    def _attention(self, layer: int, x: Tensor, before: Layout, after: Layout, base: Base) -> Tensor:
+        """z at the tokens that `after` names, for those of its rows that are in `before`; the rest is left empty."""
+        block, n_slots = self.model.blocks[layer], len(before)
+        z = x.new_empty(after.n_tokens, self.cfg.n_heads, self.cfg.d_head)
         if n_slots == 0:
             return z
-        base = self._base_heads(attn, layer)
+        attn, spread = block.attn, self.plan.spread[before.rows]
         normed = block.ln1.plain(x) if self.cfg.pre_norm else x
         # in the last layer only one query of each suffix is needed
-        lone = self.plan.spread[before.rows] >= layer
-        wanted = before.overlap(after, n_slots)
-        queries = Layout(
-            before.rows, np.where(lone, before.starts, wanted.starts), np.where(lone, before.ends, wanted.ends)
-        )
-        asked = normed
-        if queries.n_tokens < before.n_tokens:
+        queries, asked = before, normed
+        if layer == self.cfg.n_layers - 1 and (wide := spread < layer).any():
+            queries = Layout(before.rows, np.where(wide, before.ends - 1, before.starts), before.ends)
             asked = normed[self._index(before.tokens(*queries.spelled(0, n_slots)))]
         own = {}
         for name, given, layout in (("q", asked, queries), ("k", normed, before), ("v", normed, before)):
@@ -113,17 +122,17 @@ class Walk:
                 own[name] = self._placed(attn, name, own[name], layout)
         own = Own(own["q"], own["k"], own["v"], queries, before)
         prompts = self.plan.prompt[before.rows]
-        spreading = np.flatnonzero(self.plan.spread[before.rows] == layer)  # adjacent, by the order of rows
-        first, last = (int(spreading[0]), int(spreading[-1]) + 1) if len(spreading) else (0, 0)
-        spread_attention(attn, own, base, prompts, z, after, first, last)
-        entries = self.plan.entries.get((layer, "pattern"))
-        patch = None if entries is None else self._pattern_patch(layer, entries)
-        for a, b in ((0, first), (last, n_slots)):
-            if b > a:
-                suffix_attention(attn, own, base, prompts, z, after, a, b, patch)
+        if spread[0] == layer:  # all of them, by the order of rows and the cut into blocks
+            spread_attention(attn, own, base, prompts, z, after)
+        else:
+            entries = self.plan.entries.get((layer, "pattern"))
+            patch = None if entries is None else self._pattern_patch(layer, entries, before)
+            suffix_attention(attn, own, base, prompts, z, patch)
         return z
 
-    def _base_heads(self, attn: Attention, layer: int) -> Base:
+    def _base_heads(self, layer: int) -> Base:
+        """What the base run's rows attend with."""
+        attn = self.model.blocks[layer].attn
         q, k, v = (self.value(name, layer) for name in "qkv")
         rotation = None if attn.rotary is None else self.places.rotations[attn.rotary]
         return Base(attn.place("q", q, rotation, GRADIENT), attn.place("k", k, rotation, GRADIENT), v)
@@ -136,55 +145,54 @@ class Walk:
             rotation = tuple(table[at] for table in self.places.rotations[attn.rotary])
         return attn.place(name, x_the[None], rotation, GRADIENT)[0]
 
-    def _end(self, layer: int, stage: str) -> int:
-        """How many tokens of a layer's `after` are in once a stage has been reached."""
-        after, n = self.after[layer], self.plan.on_board(layer)
-        stages = self.plan.begin[after.rows[n:]] % N_STAGES
-        return int(after.offsets[n + np.searchsorted(stages, STAGE[stage], side="right")])
+    def _blocks(self, layer: int, n_same: int) -> Iterator[tuple[int, int]]:
+        """Ranges of slots to take through a layer one after the other: alike in kind, and the guests in one block."""
+        before, after, on_board = self.before[layer], self.after[layer], self.plan.on_board(layer)
+        kind = self.plan.spread[after.rows[:on_board]] == layer
+        size = np.maximum(before.lengths[:on_board], after.lengths[:on_board]).cumsum()
+        step = max(64, _BLOCK_ELEMENTS // self.cfg.d_mlp) if self.device.type == "cpu" else after.n_tokens
+        for first, last in pairwise(sorted({0, n_same, on_board, *(np.flatnonzero(np.diff(kind)) + 1).tolist()})):
+            until = size[first:last] - (size[first - 1] if first else 0)
+            n_blocks = -(-int(until[-1]) // step)
+            cuts = np.searchsorted(until, np.arange(1, n_blocks) * (until[-1] / n_blocks)) + first + 1
+            yield from pairwise(sorted({first, last, *cuts.tolist()}))
+        if len(after) > on_board:
+            yield on_board, len(after)
 
-    def _blocks(self, layer: int) -> Iterator[tuple[int, int]]:
-        """Ranges of tokens to take through the rest of the layer one after the other; guests all lie in the last."""
-        after = self.after[layer]
-        total, on_board = after.n_tokens, int(after.offsets[self.plan.on_board(layer)])
-        step = max(1, total) if self.device.type != "cpu" else max(64, _BLOCK_ELEMENTS // self.cfg.d_mlp)
-        edges = [*range(0, max(1, on_board - step // 2), step), total]
-        yield from ((a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a)
-
-    def _after_attention(self, layer: int, x: Tensor, z: Tensor, first: int) -> None:
-        """One block of tokens, from `first` on, through the rest of a layer: x becomes the stream after it."""
+    def _after_attention(self, layer: int, x: Tensor, z: Tensor, after: Layout) -> None:
+        """Some slots through the rest of a layer: x becomes the stream after it. Guests join where they begin."""
         block, cfg = self.model.blocks[layer], self.cfg
-        value = lambda site: self.value(site, layer)  # noqa: E731
-        end = {stage: min(max(self._end(layer, stage) - first, 0), len(x)) for stage in STAGE}
-        on_board, after = self.plan.on_board(layer), self.after[layer]
+        begin = self.plan.begin[after.rows] - layer * N_STAGES
+        n_slots = {stage: int(np.searchsorted(begin, i, side="right")) for stage, i in STAGE.items()}
+        end = {stage: int(after.offsets[n]) for stage, n in n_slots.items()}
 
-        def join(buffer: Tensor, site: str | Tensor, since: str, upto: str) -> Tensor:
+        def join(buffer: Tensor, values: str | Tensor, since: str, upto: str) -> Tensor:
             """buffer with the base run's values for the guests that begin at the stages after `since` up to `upto`."""
             if end[upto] == end[since]:
                 return buffer
-            stages = self.plan.begin[after.rows[on_board:]] % N_STAGES
-            slots = [on_board + int(np.searchsorted(stages, STAGE[s], side="right")) for s in (since, upto)]
-            values = self._take(value(site) if isinstance(site, str) else site, after, *slots)
-            if len(buffer) >= end[upto]:
-                buffer[end[since] : end[upto]] = values
-                return buffer
-            return torch.cat([buffer, values])
+            values = self.value(values, layer) if isinstance(values, str) else values
+            values = self._take(values, after, n_slots[since], n_slots[upto])
+            if len(buffer) < end[upto]:
+                return torch.cat([buffer, values])
+            buffer[end[since] : end[upto]] = values
+            return buffer
 
         def patch(site: str, buffer: Tensor) -> None:
-            self._patch(layer, site, buffer, after, first)
+            self._patch(layer, site, buffer, after)
 
-        join(z, "head", "pattern", "head")
+        z = join(z[: end["head"]], "head", "pattern", "head")
         patch("head", z)
         attn_out = block.attn.output(z)
         attn_out = join(block.ln1_post.plain(attn_out) if cfg.post_norm else attn_out, "attn_out", "head", "attn_out")
         patch("attn_out", attn_out)
         join(x, "resid_pre", "pattern", "attn_out")
-        n = end["resid_mid"]
-        y = None
+        n, y = end["resid_mid"], None
         if cfg.parallel:  # the MLP reads the stream before attention has added to it
             y = (block.ln1 if cfg.shared_norm else block.ln2).plain(x[:n]) if cfg.pre_norm else x[:n].clone()
         x[: end["attn_out"]] += attn_out
-        mid = value("resid_pre") + value("attn_out") if cfg.parallel and n < len(x) else "resid_mid"
-        join(x, mid, "attn_out", "mlp_out")
+        if end["mlp_out"] > end["attn_out"]:
+            mid = self.value("resid_pre", layer) + self.value("attn_out", layer) if cfg.parallel else "resid_mid"
+            join(x, mid, "attn_out", "mlp_out")
         patch("resid_mid", x[: end["mlp_out"]])
         if y is None:
             y = block.ln2.plain(x[:n]) if cfg.pre_norm else x[:n]
@@ -197,58 +205,55 @@ class Walk:
         join(x, "resid_post", "mlp_out", "resid_post")
         patch("resid_post", x)
 
-    def _patch(self, layer: int, site: str, buffer: Tensor, layout: Layout, first: int = 0) -> None:
-        """Write the source's values into the tokens of `buffer`, which begins at token `first` of a layout."""
-        entries = self.plan.entries.get((layer, site))
-        if entries is None:
+    def _patch(self, layer: int, site: str, buffer: Tensor, layout: Layout) -> None:
+        """Write the source's values into the tokens of a layout's buffer, which may lack the last slots."""
+        if (layer, site) not in self.plan.entries:
             return
-        slot = layout.slots(entries.row)
-        here = slot >= 0
-        everywhere = (entries.position == ALL)[here]
-        which, step = spell_out(np.where(everywhere, layout.lengths[slot[here]], 1))
-        slot, entry = slot[here][which], np.flatnonzero(here)[which]
-        position = np.where(everywhere[which], layout.starts[slot] + step, entries.position[entry])
-        token = layout.tokens(slot, position) - first
+        entries, slot = self.plan.entries[layer, site].of(layout)
+        if not len(slot):
+            return
+        everywhere = entries.position == ALL
+        which, step = spell_out(np.where(everywhere, layout.lengths[slot], 1))
+        slot, entries = slot[which], entries[which]
+        position = np.where(everywhere[which], layout.starts[slot] + step, entries.position)
         inside = (position >= layout.starts[slot]) & (position < layout.ends[slot])
-        inside &= (token >= 0) & (token < len(buffer))
-        token, position, entry = token[inside], position[inside], entry[inside]
-        prompt, unit = entries.prompt[entry], entries.unit[entry]
+        inside &= layout.offsets[slot] < len(buffer)
+        slot, position, entries = slot[inside], position[inside], entries[inside]
+        to, frm = [layout.tokens(slot, position)], [entries.prompt, position]
         source = self.source[SITES[site].hook(layer)]
-        for some in (unit < 0, unit >= 0):
+        whole = entries.unit < 0
+        for some, by_unit in ((whole, []), (~whole, [entries.unit])):
             if some.any():
-                to, frm = [token[some]], [prompt[some], position[some]]
-                if unit[some][0] >= 0:
-                    to, frm = [*to, unit[some]], [*frm, unit[some]]
-                buffer[tuple(map(self._index, to))] = source[tuple(map(self._index, frm))]
+                place, taken = ([self._index(c[some]) for c in (*columns, *by_unit)] for columns in (to, frm))
+                buffer[tuple(place)] = source[tuple(taken)]
 
-    def _pattern_patch(self, layer: int, entries: Entries):
-        """A function that patches attention patterns [slot, head, query, key] of a few slots."""
-        source, layout = self.source[SITES["pattern"].hook(layer)], self.before[layer]
-        all_slots = layout.slots(entries.row)
+    def _pattern_patch(self, layer: int, entries: Entries, layout: Layout):
+        """A function that patches attention patterns [slot, head, query, key] of a few of a layout's slots."""
+        source = self.source[SITES["pattern"].hook(layer)]
+        entries, slots = entries.of(layout)
 
         def patch(pattern: Tensor, first_slot: int, first_query: int) -> None:
             n_slots, n_heads, n_queries, n_keys = pattern.shape
-            here = np.flatnonzero((all_slots >= first_slot) & (all_slots < first_slot + n_slots))
-            entry, head = (here, entries.unit[here])
-            for column, n, offset in ((head, n_heads, 0), (None, n_queries, first_query)):
-                column = entries.position[entry] if column is None else column
-                spread = np.where(column < 0, n, 1)  # -1 and ALL: every head, every query
-                which, step = spell_out(spread)
-                value = np.where(column[which] < 0, step + offset, column[which])
-                if offset == 0 and column is head:
-                    entry, head = entry[which], value
-                else:
-                    entry, head, query = entry[which], head[which], value
+            here = np.flatnonzero((slots >= first_slot) & (slots < first_slot + n_slots))
+            # every head, then every query, of the entries that do not name one
+            which, head = spell_out(np.where(entries.unit[here] < 0, n_heads, 1))
+            here = here[which]
+            head = np.where(entries.unit[here] < 0, head, entries.unit[here])
+            everywhere = entries.position[here] == ALL
+            which, step = spell_out(np.where(everywhere, n_queries, 1))
+            here, head = here[which], head[which]
+            query = np.where(everywhere[which], first_query + step, entries.position[here])
             inside = (query >= first_query) & (query < first_query + n_queries)
-            entry, head, query = entry[inside], head[inside], query[inside]
-            key, prompt = entries.source_position[entry], entries.prompt[entry]
-            for some in (key < 0, key >= 0):
-                to = [self._index(c[some]) for c in (all_slots[entry] - first_slot, head, query - first_query, key)]
-                frm = [self._index(c[some]) for c in (prompt, head, query, key)]
-                if some.any() and key[some][0] < 0:
-                    pattern[tuple(to[:3])] = source[tuple(frm[:3])][:, :n_keys]
-                elif some.any():
-                    pattern[tuple(to)] = source[tuple(frm)]
+            here, head, query = here[inside], head[inside], query[inside]
+            key = entries.source_position[here]
+            to, frm = (slots[here] - first_slot, head, query - first_query), (entries.prompt[here], head, query)
+            rows, cells = key == ALL, key != ALL
+            if rows.any():
+                place, taken = (tuple(self._index(c[rows]) for c in columns) for columns in (to, frm))
+                pattern[place] = source[taken][:, :n_keys]
+            if cells.any():
+                place, taken = (tuple(self._index(c[cells]) for c in (*columns, key)) for columns in (to, frm))
+                pattern[place] = source[taken]
 
         return patch
 

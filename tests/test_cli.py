@@ -248,7 +248,7 @@ def test_a_full_disk_is_said_in_one_line(folder, given, tmp_path, capsys, monkey
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("where", ["interp.interventions.logits_at", "os.replace"])
+@pytest.mark.parametrize("where", ["interp.walk.Walk.final_resid", "os.replace"])
 @pytest.mark.parametrize("command", ["discover", "patch"])
 def test_an_interruption_leaves_nothing(folder, given, tmp_path, capsys, monkeypatch, where, command):
     def interrupted(*args):

@@ -180,7 +180,7 @@ def test_single_pattern_cells(stories, bridge, direction):
 def test_a_bridge_in_place_of_the_model_gives_the_same_or_is_refused(stories, bridge, site):
     pairs, options = pairs_of(stories, SHORT), {"neurons": NEURONS, "positions": [1, -1]}
     try:
-        theirs = activation_patching(bridge, pairs_of(bridge, SHORT), site, **options)
+        theirs = activation_patching(bridge, pairs_of(bridge, SHORT), site, engine="hooks", **options)
     except PatchError as error:
         assert site == "resid_mid", error  # noqa: PT017
         return
@@ -191,7 +191,8 @@ def test_a_bridge_in_place_of_the_model_gives_the_same_or_is_refused(stories, br
 
 
 def test_discovery_on_a_bridge_is_the_same(stories, bridge):
-    ours, theirs = (discover(m, pairs_of(m, SHORT), top_heads=1) for m in (stories, bridge))
+    engines = {stories: "sweep", bridge: "hooks"}
+    ours, theirs = (discover(m, pairs_of(m, SHORT), top_heads=1, engine=e) for m, e in engines.items())
     assert theirs.ranking.node[:5].tolist() == ours.ranking.node[:5].tolist()
     np.testing.assert_allclose(theirs.nodes.values, ours.nodes.values, rtol=1e-4, atol=1e-4)
 

@@ -34,6 +34,7 @@ LAYERS = [
     {"interp.tasks.corrupt", "interp.model.run", "interp.model.load"},
     {"interp.tasks.named", "interp.provenance", "interp.interventions"},
     {"interp.rows"},
+    {"interp.attend"},
     {"interp.walk"},
     {"interp.sweep"},
     {"interp.exact"},

@@ -160,7 +160,7 @@ def test_chunks_and_order_do_not_matter(tiny):
     def finals(order, **options):
         found = {}
         runs = SweepRuns(model, pairs, base="clean", sites=list(SITES), **options)
-        for _, cells, prompts, resid in runs.run([interventions[i] for i in order]):
+        for _, cells, prompts, resid in runs.run([interventions[i] for i in order], lambda resid, _: resid.clone()):
             for cell, prompt, row in zip(cells.tolist(), prompts.tolist(), resid, strict=True):
                 found[order[cell], prompt] = row
         return found
@@ -172,7 +172,7 @@ def test_chunks_and_order_do_not_matter(tiny):
         for key, row in whole.items():
             torch.testing.assert_close(other[key], row, rtol=1e-12, atol=1e-12)
     runs = SweepRuns(model, pairs, base="clean", sites=list(SITES), max_memory=1)
-    assert len(list(runs.run(interventions))) > 10
+    assert len(list(runs.run(interventions, lambda resid, _: resid))) > 10
 
 
 def test_a_model_with_hooks_of_its_own_is_refused(tiny):

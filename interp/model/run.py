@@ -57,13 +57,18 @@ def logits_at(
 
 
 @torch.no_grad()
-def record(model, tokens: Int[Tensor, "prompt position"], names: Iterable[str], hooks: Hooks = ()) -> dict[str, Tensor]:
-    """Values at the named hook points. Raises KeyError if a name does not exist, RuntimeError if it did not fire."""
+def record(
+    model, tokens: Int[Tensor, "prompt position"], names: Iterable[str], hooks: Hooks = (), *, copy: bool = True
+) -> dict[str, Tensor]:
+    """Values at the named hook points. Raises KeyError if a name does not exist, RuntimeError if it did not fire.
+
+    copy=False keeps the run's own tensors: right for a `Transformer` without other hooks, which changes nothing in place.
+    """
     values: dict[str, Tensor] = {}
 
     def keep(name: str):
         def hook_function(value: Tensor, hook: Any) -> None:
-            values[name] = value.detach().clone()
+            values[name] = value.detach().clone() if copy else value.detach()
 
         return hook_function
 

@@ -300,10 +300,20 @@ class Transformer(HookedRootModule):
         return resid
 
     def unembed_resid(
-        self, resid: Float[Tensor, "... d_model"], rules: Rules = GRADIENT
-    ) -> Float[Tensor, "... d_vocab"]:
-        """Logits of a final residual stream: final norm, unembedding, the model's logit scale and soft-cap."""
-        logits = F.linear(self.ln_final(resid, rules), self.unembed.W_U.T, self.unembed.b_U)
+        self,
+        resid: Float[Tensor, "... d_model"],
+        rules: Rules = GRADIENT,
+        *,
+        columns: Int[Tensor, " column"] | None = None,
+    ) -> Float[Tensor, "... d_vocab"] | Float[Tensor, "... column"]:
+        """Logits of a final residual stream: final norm, unembedding, the model's logit scale and soft-cap.
+
+        columns: only these tokens' logits.
+        """
+        weight, bias = self.unembed.W_U.T, self.unembed.b_U
+        if columns is not None:
+            weight, bias = weight[columns], None if bias is None else bias[columns]
+        logits = F.linear(self.ln_final(resid, rules), weight, bias)
         if self.cfg.logit_scale != 1.0:
             logits = logits * self.cfg.logit_scale
         if self.cfg.logit_softcap is not None:
