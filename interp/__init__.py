@@ -13,6 +13,7 @@ _HOME = {
     "corrupt": "interp.tasks.corrupt",
     "METRICS": "interp.metrics",
     "activation_patching": "interp.patching",
+    "edge_patching": "interp.edges",
     "node_faithfulness": "interp.faithfulness",
     "discover": "interp.discovery",
     "Discovery": "interp.discovery",

@@ -7,6 +7,7 @@ them in one growing batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from interp.errors import one_of
 from interp.interventions import Intervention, PatchedRuns, mean_values
 from interp.metrics import Metric
 from interp.model.run import logits_at
+from interp.model.transformer import Transformer
 from interp.sweep import SweepPlan, SweepRuns, check_sweepable
 from interp.tasks.pairs import PromptPairs
 
@@ -70,6 +72,20 @@ class Reader:
         if prompts is not None:
             pairs, clean = pairs.take(prompts), None if clean is None else clean[prompts]
         return torch.stack([metric(logits, pairs, clean) for metric in self.metrics]).cpu()
+
+    def unpatched(self, model: Transformer, final_resid: dict[str, Tensor]) -> dict[str, Float[Tensor, "metric prompt"]]:
+        """Metrics of the clean and the corrupt run from their final residual streams; the clean one is kept to compare."""
+        logits = {side: model.unembed_resid(final_resid[side], columns=self.columns) for side in SIDES}
+        self.clean_logits = logits["clean"]
+        return {side: self(logits[side]) for side in SIDES}
+
+    def rows(
+        self, model: Transformer, resid: Float[Tensor, "row d_model"], prompts: Int[Tensor, " row"]
+    ) -> Float[Tensor, "metric row"]:
+        """Metrics of many rows from their final residual streams, a bounded number of logits at a time."""
+        block = max(1, _LOGITS // (model.cfg.d_vocab if self.columns is None else len(self.columns)))
+        parts = zip(resid.split(block), prompts.split(block), strict=True)
+        return torch.cat([self(model.unembed_resid(r, columns=self.columns), p) for r, p in parts], 1)
 
 
 def exact_scores(
@@ -124,19 +140,11 @@ def _by_hooks(model, pairs: PromptPairs, interventions: Sequence[Intervention], 
 
 def _by_sweep(model, pairs: PromptPairs, interventions: Sequence[Intervention], metrics, options, update) -> Scores:
     runs, read = SweepRuns(model, pairs, **options), Reader(pairs, metrics, narrow=True)
-    logits = {side: model.unembed_resid(runs.final_resid[side], columns=read.columns) for side in SIDES}
-    read.clean_logits = logits["clean"]
-    unpatched = {side: read(logits[side]) for side in SIDES}
+    unpatched = read.unpatched(model, runs.final_resid)
     # what has no row cannot differ from the base run
     values = unpatched[options["base"]][..., None].repeat(1, 1, len(interventions))
-    block = max(1, _LOGITS // (model.cfg.d_vocab if read.columns is None else len(read.columns)))
-
-    def read_rows(resid: Tensor, prompts: Tensor) -> Tensor:
-        rows = zip(resid.split(block), prompts.split(block), strict=True)
-        return torch.cat([read(model.unembed_resid(r, columns=read.columns), p) for r, p in rows], 1)
-
     reached = 0
-    for done, cells, prompts, found in runs.run(interventions, read_rows):
+    for done, cells, prompts, found in runs.run(interventions, partial(read.rows, model)):
         values[:, prompts.cpu(), torch.from_numpy(cells)] = found
         update(done - reached)
         reached = done

@@ -11,7 +11,7 @@ about c S L(L-1)/2 instead of the naive L T (L T c).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -28,6 +28,7 @@ from interp.sites import SITES, get_site
 from interp.tasks.pairs import PromptPairs
 from interp.walk import Walk
 
+T = TypeVar("T")
 _AFTER_MID = ("resid_mid", "neuron", "mlp_out")  # rows that begin with these start from the stream after attention
 
 
@@ -65,13 +66,13 @@ class SweepPlan:
         source: object = "other", max_memory: int | None = None,
     ) -> "SweepPlan":  # fmt: skip
         """The plan for interventions on every batch of prompts."""
-        cfg, limit = model.cfg, _memory(model.device, max_memory)
+        cfg, limit = model.cfg, memory_limit(model.device, max_memory)
         rows, chunks, flops, naive, peak = 0, 0, 0.0, 0.0, 0.0
         for pairs in batches:
             whole = plan(interventions, pairs, cfg.n_layers, first_change=first_change(pairs, source))
             ranges = chunk_ranges(whole, len(interventions), row_bytes(model, whole), limit)
             rows, chunks = rows + len(whole), chunks + len(ranges)
-            plain = pairs.clean.numel() * cfg.n_layers * sum(_flops_per_token(cfg))
+            plain = pairs.clean.numel() * cfg.n_layers * sum(flops_per_token(cfg))
             flops += 2 * plain + row_flops(cfg, whole)
             naive += len(interventions) * plain
             cost = np.bincount(whole.cell, row_bytes(model, whole), minlength=len(interventions))
@@ -99,14 +100,14 @@ class SweepRuns:
     ):  # fmt: skip
         check_sweepable(model)
         self.model, self.pairs = model, pairs
-        self.max_memory = _memory(model.device, max_memory)
+        self.max_memory = memory_limit(model.device, max_memory)
         n_layers = model.cfg.n_layers
         of = lambda names: {get_site(name, model.cfg).hook(layer) for name in names for layer in range(n_layers)}  # noqa: E731
         patched = of(sites)
         wanted = of(("resid_pre", "q", "k", "v")) | patched | {SITES["resid_post"].hook(n_layers - 1)}
         if not {*_AFTER_MID}.isdisjoint(sites):
             wanted |= of(("attn_out",) if model.cfg.parallel else ("resid_mid",))
-        runs = _both_runs(model, pairs, sorted(wanted))
+        runs = both_runs(model, pairs, sorted(wanted))
         at_end = torch.arange(len(pairs), device=pairs.clean.device), pairs.read_at
         last = SITES["resid_post"].hook(n_layers - 1)
         self.final_resid = {side: values[last][at_end] for side, values in runs.items()}
@@ -130,29 +131,39 @@ class SweepRuns:
         """
         whole = plan(interventions, self.pairs, self.model.cfg.n_layers, first_change=self.first_change)
         ranges = chunk_ranges(whole, len(interventions), row_bytes(self.model, whole), self.max_memory)
-        ranges.reverse()
-        while ranges:
-            first, last = ranges.pop()
+
+        def work(first: int, last: int):
             part = whole.take(first, last) if last - first < len(interventions) else whole
             if not len(part):
-                continue
-            try:
-                rows, resid = Walk(self.model, self.pairs, part, self.base_values, self.source_values).final_resid()
-                prompts = torch.from_numpy(part.prompt[rows]).to(self.pairs.clean.device)
-                found = read(resid, prompts)
-            except torch.OutOfMemoryError as error:
-                if last - first == 1:
-                    raise OptionError(
-                        f"one intervention on {len(self.pairs)} prompts does not fit into memory: use a smaller batch_size"
-                    ) from error
-                resid = found = None
-                middle = (first + last) // 2
-                ranges += [(middle, last), (first, middle)]
-                continue
-            yield last, part.cell[rows] + first, prompts, found
+                return None
+            rows, resid = Walk(self.model, self.pairs, part, self.base_values, self.source_values).final_resid()
+            prompts = torch.from_numpy(part.prompt[rows]).to(self.pairs.clean.device)
+            return last, part.cell[rows] + first, prompts, read(resid, prompts)
+
+        yield from filter(None, in_halves(ranges, work, f"one intervention on {len(self.pairs)} prompts"))
 
 
-def _both_runs(model: Transformer, pairs: PromptPairs, names: Sequence[str]) -> dict[str, Values]:
+def in_halves(ranges: Sequence[tuple[int, int]], work: Callable[[int, int], T], smallest: str) -> Iterator[T]:
+    """work(first, last) of every range in turn; a range that runs out of memory is tried again in two halves.
+
+    Results that have been handed out are kept. `OptionError` if a range of one, which `smallest` describes, does not fit.
+    """
+    todo = list(reversed(ranges))
+    while todo:
+        first, last = todo.pop()
+        try:
+            done = work(first, last)
+        except torch.OutOfMemoryError as error:
+            if last - first == 1:
+                raise OptionError(f"{smallest} does not fit into memory: use a smaller batch_size") from error
+        else:
+            yield done
+            continue
+        middle = (first + last) // 2  # outside of the except clause, which would keep the tensors of `work` alive
+        todo += [(middle, last), (first, middle)]
+
+
+def both_runs(model: Transformer, pairs: PromptPairs, names: Sequence[str]) -> dict[str, Values]:
     """Values at hook points in the clean and in the corrupt run, from one forward pass where both are plain prompts."""
     if pairs.hooks("corrupt"):
         return {
@@ -188,7 +199,7 @@ def row_bytes(model: Transformer, rows: Plan) -> np.ndarray:
     return model.W_E.element_size() * (n_tokens * per_token + 3 * cfg.n_heads * rows.end)
 
 
-def _flops_per_token(cfg: ModelConfig) -> tuple[int, int, int, int, int]:
+def flops_per_token(cfg: ModelConfig) -> tuple[int, int, int, int, int]:
     """FLOPs of one token in one layer's matrices: queries; keys and values; W_O; into the neurons; out of them."""
     q, kv, mlp = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head, cfg.d_mlp
     return (2 * cfg.d_model * q, 4 * cfg.d_model * kv, 2 * cfg.d_model * q,
@@ -197,7 +208,7 @@ def _flops_per_token(cfg: ModelConfig) -> tuple[int, int, int, int, int]:
 
 def row_flops(cfg: ModelConfig, rows: Plan) -> float:
     """FLOPs of a plan's rows in the layers' matrices; attention's own products, a few percent of them, are left out."""
-    per_q, per_kv, per_o, per_in, per_out = _flops_per_token(cfg)
+    per_q, per_kv, per_o, per_in, per_out = flops_per_token(cfg)
     total = 0.0
     for layer in range(cfg.n_layers):
         before, after, n = rows.before_attention(layer), rows.after_attention(layer), rows.on_board(layer)
@@ -211,7 +222,7 @@ def row_flops(cfg: ModelConfig, rows: Plan) -> float:
     return float(total)
 
 
-def _memory(device: torch.device, max_memory: int | None) -> int:
+def memory_limit(device: torch.device, max_memory: int | None) -> int:
     """Bytes that a chunk may take."""
     if max_memory is not None:
         if max_memory < 1:

@@ -146,18 +146,19 @@ class Walk:
         return attn.place(name, x_the[None], rotation, GRADIENT)[0]
 
     def _blocks(self, layer: int, n_same: int) -> Iterator[tuple[int, int]]:
-        """Ranges of slots to take through a layer one after the other: alike in kind, and the guests in one block."""
+        """Ranges of slots to take through a layer one after the other, each of one kind."""
         before, after, on_board = self.before[layer], self.after[layer], self.plan.on_board(layer)
         kind = self.plan.spread[after.rows[:on_board]] == layer
-        size = np.maximum(before.lengths[:on_board], after.lengths[:on_board]).cumsum()
+        size = after.lengths.copy()
+        size[: len(before)] = np.maximum(size[: len(before)], before.lengths)
+        size = np.concatenate([[0], size.cumsum()])
         step = max(64, _BLOCK_ELEMENTS // self.cfg.d_mlp) if self.device.type == "cpu" else after.n_tokens
-        for first, last in pairwise(sorted({0, n_same, on_board, *(np.flatnonzero(np.diff(kind)) + 1).tolist()})):
-            until = size[first:last] - (size[first - 1] if first else 0)
+        edges = {0, n_same, on_board, len(after), *(np.flatnonzero(np.diff(kind)) + 1).tolist()}
+        for first, last in pairwise(sorted(edges)):
+            until = size[first + 1 : last + 1] - size[first]
             n_blocks = -(-int(until[-1]) // step)
             cuts = np.searchsorted(until, np.arange(1, n_blocks) * (until[-1] / n_blocks)) + first + 1
             yield from pairwise(sorted({first, last, *cuts.tolist()}))
-        if len(after) > on_board:
-            yield on_board, len(after)
 
     def _after_attention(self, layer: int, x: Tensor, z: Tensor, after: Layout) -> None:
         """Some slots through the rest of a layer: x becomes the stream after it. Guests join where they begin."""
