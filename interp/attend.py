@@ -26,6 +26,8 @@ from interp.model import ops
 from interp.model.transformer import Attention
 from interp.rows import Layout, spell_out
 from interp.rules import GRADIENT
+from interp_kernels import Rows
+from interp_kernels import suffix_attention as kernel_suffix_attention
 
 _HOLE_ELEMENTS = 1 << 22  # scores of attention without one position that are held at a time
 
@@ -131,6 +133,23 @@ def spread_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray,
         own_query = _at_the_point(attn, by_prompt.table(own.q), keys, base, by_prompt.table_of(point))
         z_own, weight = (by_prompt.untable(x)[rows] for x in own_query)
         z[_index(np.flatnonzero(~later), z)] = z_own + weight[..., None] * v_heads[rows]
+
+
+def kernel_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, after: Layout) -> Heads:
+    """z of all rows, suffixes and spreading ones alike, from one launch of a kernel that reads both sides in place."""
+    kv, queries, n = own.kv_layout, own.q_layout, len(own.kv_layout)
+    after = after.part(0, n)
+    columns = {
+        "prompt": prompts, "kv_start": kv.starts, "kv_stop": kv.ends, "kv_first": kv.offsets[:-1],
+        "q_start": after.starts, "q_stop": after.ends, "q_own_stop": queries.ends, "q_first": queries.offsets[:-1],
+        "out_first": after.offsets[:-1],
+    }  # fmt: skip
+    table = _index(np.stack([column.astype(np.int64) for column in columns.values()]), own.q)
+    rows = Rows(**dict(zip(columns, table, strict=True)), n_out=after.n_tokens, max_queries=int(after.lengths.max()))
+    return kernel_suffix_attention(
+        own.q, own.k, own.v, base.q, base.k, base.v, rows,
+        scale=attn.scale, softcap=attn.cfg.attn_softcap, window=attn.window,
+    )  # fmt: skip
 
 
 def _at_the_point(

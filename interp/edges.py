@@ -34,7 +34,15 @@ from interp.rows import ALL, N_STAGES, STAGE, Entries, Plan
 from interp.rules import GRADIENT
 from interp.sites import SITES, Node, parse_node
 from interp.sweep import (
-    SweepPlan, both_runs, check_sweepable, first_change, flops_per_token, in_halves, memory_limit, row_bytes, row_flops,
+    SweepPlan,
+    both_runs,
+    check_sweepable,
+    first_change,
+    flops_per_token,
+    in_halves,
+    memory_limit,
+    row_bytes,
+    row_flops,
 )  # fmt: skip
 from interp.tasks.pairs import PromptPairs
 from interp.walk import Walk
@@ -63,7 +71,9 @@ def edge_patching(
         announce(_plan(model, batches, chosen, memory_limit(model.device, max_memory)))
     values = np.full((len(pairs), *chosen.shape), np.nan, dtype=np.float32)
     base, first, unpatched = DIRECTIONS[direction], 0, []
-    with tqdm(total=len(batches) * int(chosen.sum()), desc="edges", unit="edge", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=len(batches) * int(chosen.sum()), desc="edges", unit="edge", disable=not progress, leave=False
+    ) as bar:
         for batch in batches:
             runs, read = EdgeRuns(model, batch, base=base, max_memory=max_memory), Reader(batch, [metric], narrow=True)
             unpatched.append(read.unpatched(model, runs.final_resid))
@@ -72,7 +82,9 @@ def edge_patching(
             part = values[first : first + len(batch)]
             part[:, chosen] = 0.0  # what has no row changes nothing
             for source, target, prompts, resid in runs.run(chosen, bar.update):
-                part[prompts.cpu(), source, target] = (read.rows(model, resid, prompts)[0] - before[prompts.cpu()]).numpy()
+                part[prompts.cpu(), source, target] = (
+                    read.rows(model, resid, prompts)[0] - before[prompts.cpu()]
+                ).numpy()
             first += len(batch)
     clean, corrupt = (torch.cat([u[side][0] for u in unpatched]) for side in SIDES)
     warn_small_gap(clean - corrupt, metric.name)
@@ -93,7 +105,12 @@ class EdgeRuns:
     """All edges into one layer at a time, on one set of pairs."""
 
     def __init__(
-        self, model: Transformer, pairs: PromptPairs, *, base: Literal["clean", "corrupt"], max_memory: int | None = None
+        self,
+        model: Transformer,
+        pairs: PromptPairs,
+        *,
+        base: Literal["clean", "corrupt"],
+        max_memory: int | None = None,
     ):
         self.model, self.pairs, self.cfg = model, pairs, model.cfg
         self.max_memory = memory_limit(model.device, max_memory)
@@ -234,7 +251,15 @@ def edge_rows(mine: np.ndarray, sources: np.ndarray, layer: int, cfg, pairs: Pro
     n = len(cell)
     begin = layer * N_STAGES + np.where(into_head, STAGE["head"], STAGE["mlp_out"])
     return Plan(
-        cell, prompt, first[prompt], lengths[prompt], begin, np.full(n, layer + 1), np.full(n, -1), cfg.n_layers, entries
+        cell,
+        prompt,
+        first[prompt],
+        lengths[prompt],
+        begin,
+        np.full(n, layer + 1),
+        np.full(n, -1),
+        cfg.n_layers,
+        entries,
     )
 
 

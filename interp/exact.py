@@ -73,7 +73,9 @@ class Reader:
             pairs, clean = pairs.take(prompts), None if clean is None else clean[prompts]
         return torch.stack([metric(logits, pairs, clean) for metric in self.metrics]).cpu()
 
-    def unpatched(self, model: Transformer, final_resid: dict[str, Tensor]) -> dict[str, Float[Tensor, "metric prompt"]]:
+    def unpatched(
+        self, model: Transformer, final_resid: dict[str, Tensor]
+    ) -> dict[str, Float[Tensor, "metric prompt"]]:
         """Metrics of the clean and the corrupt run from their final residual streams; the clean one is kept to compare."""
         logits = {side: model.unembed_resid(final_resid[side], columns=self.columns) for side in SIDES}
         self.clean_logits = logits["clean"]

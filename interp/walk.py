@@ -12,15 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interp.attend import Base, Own, spread_attention, suffix_attention
+from interp.attend import Base, Own, kernel_attention, spread_attention, suffix_attention
 from interp.interventions import Values
 from interp.model.transformer import Attention, Transformer
 from interp.rows import ALL, N_STAGES, STAGE, Entries, Layout, Plan, spell_out
 from interp.rules import GRADIENT
 from interp.sites import SITES
 from interp.tasks.pairs import PromptPairs
+from interp_kernels import append_rows
 
 _BLOCK_ELEMENTS = 1 << 21  # MLP activations of one block of tokens on a CPU: 8 MiB in float32, which its caches hold
+
+
+def takes_kernels(device: torch.device) -> bool:
+    """Whether attention on a device goes through `interp_kernels`, whose torch path is a reference and slow."""
+    return device.type not in ("cpu", "mps")
 
 
 class Walk:
@@ -29,6 +35,7 @@ class Walk:
     def __init__(self, model: Transformer, pairs: PromptPairs, plan: Plan, base: Values, source: Values):
         self.model, self.cfg, self.plan, self.base, self.source = model, model.cfg, plan, base, source
         self.device = model.device
+        self.kernels = takes_kernels(self.device)
         self.places = model.places(pairs.clean.shape[1])
         layers = range(self.cfg.n_layers)
         self.before = [plan.before_attention(layer) for layer in layers]
@@ -50,10 +57,14 @@ class Walk:
         """The base run's values."""
         return self.base[SITES[site].hook(layer)]
 
-    def _take(self, values: Tensor, layout: Layout, first: int, last: int) -> Tensor:
-        """values [prompt, position, ...] at the tokens of slots first..last-1."""
+    def _take(self, values: Tensor, layout: Layout, first: int, last: int, out: Tensor | None = None) -> Tensor:
+        """values [prompt, position, ...] at the tokens of slots first..last-1; written into `out` if it is given."""
         slot, position = layout.spelled(first, last)
-        return values[self._index(self.plan.prompt[layout.rows[slot]]), self._index(position)]
+        prompt, position = self._index(self.plan.prompt[layout.rows[slot]]), self._index(position)
+        if out is None:
+            return values[prompt, position]
+        append_rows(out, 0, values, prompt, position)
+        return out
 
     def _layer(self, layer: int, resid: Tensor, result: Tensor) -> None:
         """Take everything that is in by now through one layer: resid [token, d_model] becomes result, in place if it is
@@ -84,7 +95,7 @@ class Walk:
                 slot, position = same.spelled(0, len(part))
                 picked = own[self._index(part.tokens(slot, position))]
                 computed = int(out.offsets[len(part)])
-                new[:computed] = self._take(self.value("resid_pre", layer), out, 0, len(part))
+                self._take(self.value("resid_pre", layer), out, 0, len(part), new[:computed])
                 new[self._index(out.tokens(slot, position))] = picked
             self._after_attention(layer, new, z, out)
 
@@ -95,16 +106,17 @@ class Walk:
         was = self.after[layer - 1] if layer > 0 else Layout(*np.zeros((3, 0), dtype=np.int64))
         guest_slot, position = was.spelled(n_old, len(was))
         guests = resid[kept : was.n_tokens].clone()
-        resid[kept : before.n_tokens] = self._take(self.value("resid_pre", layer), before, n_old, len(before))
+        new = resid[kept : before.n_tokens]
+        self._take(self.value("resid_pre", layer), before, n_old, len(before), new)
         if len(guest_slot):
             slot = before.slots(was.rows[guest_slot])
             resid[self._index(before.tokens(slot, position))] = guests
         return resid[: before.n_tokens]
 
     def _attention(self, layer: int, x: Tensor, before: Layout, after: Layout, base: Base) -> Tensor:
-        """z at the tokens that `after` names, for those of its rows that are in `before`; the rest is left empty."""
+        """z at the tokens that `after` names, of those of its rows that are in `before`."""
         block, n_slots = self.model.blocks[layer], len(before)
-        z = x.new_empty(after.n_tokens, self.cfg.n_heads, self.cfg.d_head)
+        z = x.new_empty(int(after.offsets[n_slots]), self.cfg.n_heads, self.cfg.d_head)
         if n_slots == 0:
             return z
         attn, spread = block.attn, self.plan.spread[before.rows]
@@ -122,6 +134,8 @@ class Walk:
                 own[name] = self._placed(attn, name, own[name], layout)
         own = Own(own["q"], own["k"], own["v"], queries, before)
         prompts = self.plan.prompt[before.rows]
+        if self._in_one(layer):
+            return kernel_attention(attn, own, base, prompts, after)
         if spread[0] == layer:  # all of them, by the order of rows and the cut into blocks
             spread_attention(attn, own, base, prompts, z, after)
         else:
@@ -129,6 +143,10 @@ class Walk:
             patch = None if entries is None else self._pattern_patch(layer, entries, before)
             suffix_attention(attn, own, base, prompts, z, patch)
         return z
+
+    def _in_one(self, layer: int) -> bool:
+        """Whether a kernel computes the attention of all rows at once; none can patch patterns."""
+        return self.kernels and (layer, "pattern") not in self.plan.entries
 
     def _base_heads(self, layer: int) -> Base:
         """What the base run's rows attend with."""
@@ -152,8 +170,10 @@ class Walk:
         size = after.lengths.copy()
         size[: len(before)] = np.maximum(size[: len(before)], before.lengths)
         size = np.concatenate([[0], size.cumsum()])
-        step = max(64, _BLOCK_ELEMENTS // self.cfg.d_mlp) if self.device.type == "cpu" else after.n_tokens
-        edges = {0, n_same, on_board, len(after), *(np.flatnonzero(np.diff(kind)) + 1).tolist()}
+        step = max(64, (_BLOCK_ELEMENTS if self.device.type == "cpu" else _BLOCK_ELEMENTS << 7) // self.cfg.d_mlp)
+        edges = {0, n_same, len(after)}
+        if not self._in_one(layer):
+            edges |= {on_board, *(np.flatnonzero(np.diff(kind)) + 1).tolist()}
         for first, last in pairwise(sorted(edges)):
             until = size[first + 1 : last + 1] - size[first]
             n_blocks = -(-int(until[-1]) // step)

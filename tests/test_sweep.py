@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import interp.attend
 from interp import PromptPairs, activation_patching
 from interp.errors import OptionError, PatchError
 from interp.exact import exact_scores
@@ -117,6 +118,26 @@ def test_noise_on_embeddings(tiny):
     interventions = [(Patch("resid_pre", layer, position=p),) for layer in range(3) for p in range(WIDTH)]
     sweep, hooks = both(model, noisy, interventions, base="corrupt")
     torch.testing.assert_close(sweep, hooks, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "gemma2", "gemma3", "pythia", "qwen3", "mistral"])
+def test_attention_by_one_kernel_is_the_same(tiny, monkeypatch, family):
+    """As on a GPU, where all rows' attention is one launch; here, by the kernel's torch reference."""
+    model, rng = tiny(family, torch.float64), random.Random(family)
+    interventions = [
+        tuple(some_patch(rng, rng.choice(sites_of(model.cfg)), model.cfg) for _ in range(rng.randrange(1, 4)))
+        for _ in range(40)
+    ]
+    launches = []
+    kernel = interp.attend.kernel_suffix_attention
+    monkeypatch.setattr(
+        "interp.attend.kernel_suffix_attention", lambda *a, **k: (launches.append(1), kernel(*a, **k))[1]
+    )
+    monkeypatch.setattr("interp.walk.takes_kernels", lambda device: True)
+    for chosen in (interventions, [i for i in interventions if all(p.site != "pattern" for p in i)]):
+        sweep, hooks = both(model, pairs_of(), chosen, base="corrupt")
+        torch.testing.assert_close(sweep, hooks, rtol=1e-10, atol=1e-10)
+    assert len(launches) > model.cfg.n_layers
 
 
 @pytest.mark.filterwarnings("ignore:.*is near zero")

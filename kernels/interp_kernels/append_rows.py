@@ -58,11 +58,11 @@ def append_rows_torch(
     for name, index, size in (("prompt", prompt, base.shape[0]), ("position", position, base.shape[1])):
         if ((index < 0) | (index >= size)).any():
             raise ValueError(f"{name} must be from 0 to {size - 1}, and is not everywhere")
-    new = base[prompt, position]
+    room = out[first : first + len(prompt)]
+    torch.index_select(base.flatten(0, 1), 0, prompt * base.shape[1] + position, out=room)
     if source is not None and patched is not None:
-        here = patched.reshape(*patched.shape, *[1] * (new.ndim - patched.ndim))
-        new = torch.where(here, source[prompt, position], new)
-    out[first : first + len(prompt)] = new
+        here = patched.reshape(*patched.shape, *[1] * (room.ndim - patched.ndim))
+        room.copy_(torch.where(here, source[prompt, position], room))
 
 
 def _check(
