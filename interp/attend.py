@@ -65,18 +65,28 @@ def suffix_attention(
     """z at the rows' own queries, written into z; their own keys and values run up to the last query.
 
     prompts: [slot]. patch: called with (pattern [slot, head, query, key], first slot, first query position) before the
-    pattern is used. Slots with the same positions attend together.
+    pattern is used. Slots with the same queries attend together.
     """
     q_layout, kv, cap = own.q_layout, own.kv_layout, attn.cfg.attn_softcap
-    places = np.stack([kv.starts, q_layout.starts, q_layout.ends])
+    places = np.stack([q_layout.starts, q_layout.ends])
     edges = (np.flatnonzero((np.diff(places, axis=1) != 0).any(0)) + 1).tolist()
-    which = _index(prompts, z)
+    n_shared = base.k.shape[0] * base.k.shape[1]
+    tables = None
     for a, b in zip([0, *edges], [*edges, len(kv)], strict=True):
-        start, first_query, end = int(kv.starts[a]), int(q_layout.starts[a]), int(q_layout.ends[a])
-        queries, keys = slice(q_layout.offsets[a], q_layout.offsets[b]), slice(kv.offsets[a], kv.offsets[b])
-        q, k, v = (x.unflatten(0, (b - a, -1)) for x in (own.q[queries], own.k[keys], own.v[keys]))
-        if start > 0:
-            k, v = (torch.cat([x[:, :start].index_select(0, which[a:b]), y], 1) for x, y in ((base.k, k), (base.v, v)))
+        first_query, end = places[:, a].tolist()
+        queries = slice(q_layout.offsets[a], q_layout.offsets[b])
+        q = own.q[queries].unflatten(0, (b - a, -1))
+        if kv.starts[a:b].any():  # keys and values of all positions, picked from the base run's and the rows' own
+            if tables is None:
+                tables = [torch.cat([x.flatten(0, 1), y]) for x, y in ((base.k, own.k), (base.v, own.v))]
+            at = np.arange(end)
+            shared = prompts[a:b, None] * base.k.shape[1] + at
+            mine = n_shared + kv.offsets[a:b, None] + at - kv.starts[a:b, None]
+            picked = _index(np.where(at < kv.starts[a:b, None], shared, mine).ravel(), z)
+            k, v = (table.index_select(0, picked).unflatten(0, (b - a, -1)) for table in tables)
+        else:
+            keys = slice(kv.offsets[a], kv.offsets[b])
+            k, v = (x[keys].unflatten(0, (b - a, -1)) for x in (own.k, own.v))
         at = torch.arange(end, device=z.device)
         forbidden = ops.causal_mask(at[first_query:], at, attn.window)
         if cap is None and patch is None:

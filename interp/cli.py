@@ -3,6 +3,7 @@
     interp discover                                   the main job, on the bundled model
     interp discover --model gpt2 --task greater_than
     interp patch --sites head --positions all --out heads.csv
+    interp edges --task capitals --n 8                every edge of the model's graph
     interp models / interp tasks                      what there is
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
@@ -163,6 +164,41 @@ class Patch(Behaviour):
             print(f"\nscores: {self.out.resolve()}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Edges(Behaviour):
+    """Patch every edge of the model's graph, exactly; print the strongest, optionally write all."""
+
+    edges: tuple[str, ...] = ()
+    """Only these, as a0.h1->m2, m0->a1.h2<q> or m3->logits (default: every edge)."""
+    normalize: bool = False
+    """Divide by metric(clean) - metric(corrupt)."""
+    out: Path | None = None
+    """Write all scores: .csv or .parquet, one row per prompt and edge."""
+
+    def run(self) -> None:
+        from interp.errors import OptionError
+        from interp.files import check_writable
+
+        if self.engine != "sweep":
+            raise OptionError('edges are patched by engine "sweep" only')
+        if self.out is not None and check_writable(self.out).suffix not in (".csv", ".parquet"):
+            raise OptionError(f"cannot write {self.out.suffix or 'a file without an ending'}: use .csv or .parquet")
+        running = {name: value for name, value in self.running().items() if name != "engine"}
+        model, pairs = self.load()
+        from interp.edges import edge_patching
+        from interp.tables import save_effects, strongest
+
+        effects = edge_patching(
+            model, pairs, edges=self.edges or None, metric=self.metric or pairs.metric, direction=self.direction,
+            normalize=self.normalize, **running,
+        )  # fmt: skip
+        if self.out is not None:
+            save_effects(effects, self.out)
+        print(strongest(effects))
+        if self.out is not None:
+            print(f"\nscores: {self.out.resolve()}")
+
+
 @dataclass(frozen=True)
 class Models:
     """List the bundled models."""
@@ -201,6 +237,7 @@ def _n_bytes(text: str) -> int:
 Command = (
     Annotated[Discover, tyro.conf.subcommand("discover")]
     | Annotated[Patch, tyro.conf.subcommand("patch")]
+    | Annotated[Edges, tyro.conf.subcommand("edges")]
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
 )

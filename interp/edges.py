@@ -96,7 +96,7 @@ def edge_patching(
         "prompt": range(len(pairs)), "source": np.array(writers(cfg))[kept[0]], "target": np.array(readers(cfg))[kept[1]],
         "metric_clean": ("prompt", clean.numpy()), "metric_corrupt": ("prompt", corrupt.numpy()),
     }  # fmt: skip
-    attrs = {"method": "edge_patching", "direction": direction, "normalized": int(normalize),
+    attrs = {"method": "edge_patching", "site": "edges", "direction": direction, "normalized": int(normalize),
              **metric_attrs([metric], direction, normalize), **provenance(model, pairs)}  # fmt: skip
     return xr.DataArray(values[:, kept[0]][:, :, kept[1]], coords, ("prompt", "source", "target"), attrs=attrs)
 

@@ -7,7 +7,8 @@ import xarray as xr
 
 from interp.files import write_atomically
 
-_HIDDEN = ("metric_clean", "metric_corrupt", "source", "position")
+_HIDDEN = ("metric_clean", "metric_corrupt")
+_LABELLED = {"position": "token", "source": "source_token"}  # what is shown in place of a number
 
 
 def strongest(effects: xr.DataArray | xr.Dataset, n: int = 12) -> str:
@@ -20,7 +21,8 @@ def strongest(effects: xr.DataArray | xr.Dataset, n: int = 12) -> str:
     for name, array in zip(names, arrays, strict=True):
         table = array.mean("prompt").rename("effect").to_dataframe().reset_index().dropna(subset="effect")
         table = table.sort_values("effect", key=lambda c: -c.abs(), kind="stable").head(n)
-        table = table[[c for c in table.columns if c not in _HIDDEN]]
+        hidden = {*_HIDDEN, *(number for number, text in _LABELLED.items() if text in table.columns)}
+        table = table[[c for c in table.columns if c not in hidden]]
         lines += ["", name, table.to_string(index=False, float_format=lambda v: f"{v:+.4f}")]
     return "\n".join(lines)
 

@@ -184,8 +184,10 @@ class Walk:
         """Some slots through the rest of a layer: x becomes the stream after it. Guests join where they begin."""
         block, cfg = self.model.blocks[layer], self.cfg
         begin = self.plan.begin[after.rows] - layer * N_STAGES
-        n_slots = {stage: int(np.searchsorted(begin, i, side="right")) for stage, i in STAGE.items()}
-        end = {stage: int(after.offsets[n]) for stage, n in n_slots.items()}
+        counts = np.searchsorted(begin, np.arange(N_STAGES), side="right")
+        n_slots, end = (
+            {stage: int(column[i]) for stage, i in STAGE.items()} for column in (counts, after.offsets[counts])
+        )
 
         def join(buffer: Tensor, values: str | Tensor, since: str, upto: str) -> Tensor:
             """buffer with the base run's values for the guests that begin at the stages after `since` up to `upto`."""
