@@ -75,16 +75,14 @@ def edge_patching(
         total=len(batches) * int(chosen.sum()), desc="edges", unit="edge", disable=not progress, leave=False
     ) as bar:
         for batch in batches:
-            runs, read = EdgeRuns(model, batch, base=base, max_memory=max_memory), Reader(batch, [metric], narrow=True)
-            unpatched.append(read.unpatched(model, runs.final_resid))
+            runs, read = EdgeRuns(model, batch, base=base, max_memory=max_memory), Reader(batch, [metric], model)
+            unpatched.append(read.unpatched(runs.final_resid))
             before = unpatched[-1][base][0]
             values = values.astype(np.promote_types(values.dtype, before.numpy().dtype), copy=False)
             part = values[first : first + len(batch)]
             part[:, chosen] = 0.0  # what has no row changes nothing
             for source, target, prompts, resid in runs.run(chosen, bar.update):
-                part[prompts.cpu(), source, target] = (
-                    read.rows(model, resid, prompts)[0] - before[prompts.cpu()]
-                ).numpy()
+                part[prompts.cpu(), source, target] = (read.rows(resid, prompts)[0] - before[prompts.cpu()]).numpy()
             first += len(batch)
     clean, corrupt = (torch.cat([u[side][0] for u in unpatched]) for side in SIDES)
     warn_small_gap(clean - corrupt, metric.name)

@@ -7,7 +7,6 @@ them in one growing batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from interp.model.run import logits_at
 from interp.model.transformer import Transformer
 from interp.sweep import SweepPlan, SweepRuns, check_sweepable
 from interp.tasks.pairs import PromptPairs
+from interp_kernels import answer_logits
 
 SIDES = ("clean", "corrupt")
 ENGINES = ("sweep", "hooks")
@@ -45,49 +45,63 @@ class Scores:
 
 
 class Reader:
-    """Reads all metrics from logits at the read position: [metric, prompt], or [metric, row] given each row's prompt.
+    """Reads all metrics from logits at the read position: [metric, prompt].
 
-    columns: token ids of the logits that it takes, or None for the whole vocabulary. With `narrow`, only the answers'
-    tokens if every metric is content with those.
+    With `model`, from residual streams after the last layer as well. Of linear metrics, only the answers' columns of the
+    unembedding are then multiplied, and rows are read along one direction per prompt.
     """
 
-    def __init__(self, pairs: PromptPairs, metrics: Sequence[Metric], *, narrow: bool = False):
+    def __init__(self, pairs: PromptPairs, metrics: Sequence[Metric], model: Transformer | None = None):
         # a metric needs the tokens and answers; what else a pair carries would be copied for every row
         self.pairs = replace(pairs, token_strings=None, embedding_noise=None, noise_mask=None)
-        self.metrics, self.columns, self.clean_logits = metrics, None, None
-        if narrow and all(metric.reads == "answers" for metric in metrics):
-            sides = {name: getattr(pairs, name) for name in ("answers", "wrong_answers")}
-            tokens = torch.cat([ids.flatten() for ids in sides.values() if ids is not None])
-            self.columns = tokens[tokens >= 0].unique()
-            places = {
-                name: torch.searchsorted(self.columns, ids).masked_fill(ids < 0, -1)
-                for name, ids in sides.items() if ids is not None
-            }  # fmt: skip
-            self.pairs = replace(self.pairs, **places)
+        self.metrics, self.model, self.columns, self.clean_logits = metrics, model, None, None
+        if model is None or not all(metric.linear for metric in metrics):
+            return
+        sides = {name: getattr(pairs, name) for name in ("answers", "wrong_answers")}
+        tokens = torch.cat([ids.flatten() for ids in sides.values() if ids is not None])
+        self.columns = tokens[tokens >= 0].unique()
+        places = {
+            name: torch.searchsorted(self.columns, ids).masked_fill(ids < 0, -1)
+            for name, ids in sides.items() if ids is not None
+        }  # fmt: skip
+        self.pairs = replace(self.pairs, **places)
 
-    def __call__(
-        self, logits: Float[Tensor, "row column"], prompts: Int[Tensor, " row"] | None = None
-    ) -> Float[Tensor, "metric row"]:
-        pairs, clean = self.pairs, self.clean_logits
-        if prompts is not None:
-            pairs, clean = pairs.take(prompts), None if clean is None else clean[prompts]
-        return torch.stack([metric(logits, pairs, clean) for metric in self.metrics]).cpu()
+    def __call__(self, logits: Float[Tensor, "prompt column"]) -> Float[Tensor, "metric prompt"]:
+        return torch.stack([metric(logits, self.pairs, self.clean_logits) for metric in self.metrics]).cpu()
 
-    def unpatched(
-        self, model: Transformer, final_resid: dict[str, Tensor]
-    ) -> dict[str, Float[Tensor, "metric prompt"]]:
+    def unpatched(self, final_resid: dict[str, Tensor]) -> dict[str, Float[Tensor, "metric prompt"]]:
         """Metrics of the clean and the corrupt run from their final residual streams; the clean one is kept to compare."""
-        logits = {side: model.unembed_resid(final_resid[side], columns=self.columns) for side in SIDES}
+        logits = {side: self.model.unembed_resid(final_resid[side], columns=self.columns) for side in SIDES}
         self.clean_logits = logits["clean"]
         return {side: self(logits[side]) for side in SIDES}
 
-    def rows(
-        self, model: Transformer, resid: Float[Tensor, "row d_model"], prompts: Int[Tensor, " row"]
-    ) -> Float[Tensor, "metric row"]:
-        """Metrics of many rows from their final residual streams, a bounded number of logits at a time."""
-        block = max(1, _LOGITS // (model.cfg.d_vocab if self.columns is None else len(self.columns)))
-        parts = zip(resid.split(block), prompts.split(block), strict=True)
-        return torch.cat([self(model.unembed_resid(r, columns=self.columns), p) for r, p in parts], 1)
+    def rows(self, resid: Float[Tensor, "row d_model"], prompts: Int[Tensor, " row"]) -> Float[Tensor, "metric row"]:
+        """Metrics of rows from their residual streams after the last layer, given each row's prompt."""
+        if self.columns is not None and self.model.cfg.logit_softcap is None:
+            return torch.stack([self._along_direction(metric, resid, prompts) for metric in self.metrics]).cpu()
+        block = max(1, _LOGITS // (self.model.cfg.d_vocab if self.columns is None else len(self.columns)))
+        found = []
+        for r, p in zip(resid.split(block), prompts.split(block), strict=True):
+            pairs, clean = self.pairs.take(p), None if self.clean_logits is None else self.clean_logits[p]
+            logits = self.model.unembed_resid(r, columns=self.columns)
+            found.append(torch.stack([metric(logits, pairs, clean) for metric in self.metrics]))
+        return torch.cat(found, 1).cpu()
+
+    def _along_direction(
+        self, metric: Metric, resid: Float[Tensor, "row d_model"], prompts: Int[Tensor, " row"]
+    ) -> Float[Tensor, " row"]:
+        """A linear metric: the normed stream along the sum of the unembedding's columns, each by its weight."""
+        norm, cfg, unembed = self.model.ln_final, self.model.cfg, self.model.unembed
+        weights = metric.weights(self.pairs, len(self.columns)) * cfg.logit_scale
+        to_wide = lambda x: x.to(torch.promote_types(resid.dtype, torch.float32))  # noqa: E731
+        directions = to_wide(weights @ unembed.W_U[:, self.columns].T.double())
+        offset = None if unembed.b_U is None else to_wide(weights @ unembed.b_U[self.columns].double())
+        weight = norm.w if norm.w is None or not norm.offset else 1 + norm.w
+        values = answer_logits(
+            resid, directions, prompts, weight=weight, bias=norm.b, norm="layer" if norm.centred else "rms",
+            eps=norm.eps, offset=offset,
+        )  # fmt: skip
+        return metric.check(values, prompts)
 
 
 def exact_scores(
@@ -141,12 +155,12 @@ def _by_hooks(model, pairs: PromptPairs, interventions: Sequence[Intervention], 
 
 
 def _by_sweep(model, pairs: PromptPairs, interventions: Sequence[Intervention], metrics, options, update) -> Scores:
-    runs, read = SweepRuns(model, pairs, **options), Reader(pairs, metrics, narrow=True)
-    unpatched = read.unpatched(model, runs.final_resid)
+    runs, read = SweepRuns(model, pairs, **options), Reader(pairs, metrics, model)
+    unpatched = read.unpatched(runs.final_resid)
     # what has no row cannot differ from the base run
     values = unpatched[options["base"]][..., None].repeat(1, 1, len(interventions))
     reached = 0
-    for done, cells, prompts, found in runs.run(interventions, partial(read.rows, model)):
+    for done, cells, prompts, found in runs.run(interventions, read.rows):
         values[:, prompts.cpu(), torch.from_numpy(cells)] = found
         update(done - reached)
         reached = done

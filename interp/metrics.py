@@ -16,7 +16,7 @@ A plain callable is a metric too: `f(logits)` or `f(logits, pairs)`, returning [
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -35,8 +35,8 @@ Values = Float[Tensor, " prompt"]
 class Metric:
     """A named metric: `compute(logits, pairs, clean_logits)`; `needs` lists "wrong_answers" and/or "clean_logits".
 
-    reads: "answers" if the logits of the answers' and wrong answers' tokens are all that it looks at; it may then be
-    handed those columns only, with the pairs' answers counted among them.
+    linear: it is a weighted sum of the logits of the answers' and wrong answers' tokens. It may then be handed those
+    columns only, with the pairs' answers counted among them, or be read along one direction of the residual stream.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Metric:
     compute: Callable[[Logits, "PromptPairs", Logits | None], Values]
     describe: str = ""
     needs: tuple[str, ...] = ()
-    reads: Literal["vocabulary", "answers"] = "vocabulary"
+    linear: bool = False
 
     def __call__(self, logits: Logits, pairs: "PromptPairs", clean_logits: Logits | None = None) -> Values:
         """Values [prompt], in float32 at least; `MetricError` if one of them is not finite, naming the prompts."""
@@ -56,10 +56,23 @@ class Metric:
         values = self.compute(wide, pairs, clean_logits)
         if values.shape != (len(pairs),):
             raise MetricError(f"metric {self.name} returned shape {tuple(values.shape)}, not one value per prompt")
+        return self.check(values)
+
+    def check(self, values: Values, prompts: Int[Tensor, " row"] | None = None) -> Values:
+        """The values, if all are finite; `MetricError` naming the prompts otherwise (prompts: which one each value is of)."""
         if not torch.isfinite(values).all():
-            bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+            bad = (~torch.isfinite(values)).nonzero().flatten()
+            bad = (bad if prompts is None else prompts[bad]).unique().tolist()
             raise MetricError(f"metric {self.name} is not finite on prompts {name_some(bad)}")
         return values
+
+    def weights(self, pairs: "PromptPairs", n_columns: int) -> Float[Tensor, "prompt column"]:
+        """Of a linear metric: what each logit counts for, by its gradient."""
+        with torch.enable_grad():
+            logits = torch.zeros(
+                len(pairs), n_columns, dtype=torch.float64, device=pairs.clean.device, requires_grad=True
+            )
+            return torch.autograd.grad(self.compute(logits, pairs, None).sum(), logits)[0]
 
 
 def _mean_logit(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Values:
@@ -93,10 +106,8 @@ def _accuracy(logits, pairs, clean):
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
-        Metric("logit_diff", "logits", _logit_diff, "answer minus wrong answer", ("wrong_answers",), "answers"),
-        Metric(
-            "answer_logit", "logits", lambda x, p, _: _mean_logit(x, p.answers), "logit of the answer", (), "answers"
-        ),
+        Metric("logit_diff", "logits", _logit_diff, "answer minus wrong answer", ("wrong_answers",), linear=True),
+        Metric("answer_logit", "logits", lambda x, p, _: _mean_logit(x, p.answers), "logit of the answer", linear=True),
         Metric("log_probability", "nats", lambda x, p, _: _log_mass(x, p.answers), "log-probability of the answer"),
         Metric(
             "probability", "probability", lambda x, p, _: _log_mass(x, p.answers).exp(), "probability of the answer"

@@ -169,7 +169,7 @@ def kind(target: str) -> str:
     return target[-3:] if target[0] == "a" else target[0]
 
 
-def sample(cfg, seed: str, n: int = 8) -> list[tuple[str, str]]:
+def sample(cfg, seed: str, n: int = 6) -> list[tuple[str, str]]:
     """Up to n edges into the queries, the keys, the values, the MLPs and the logits each."""
     rng, edges = random.Random(seed), edges_of(cfg)
     by_kind = [[edge for edge in edges if kind(edge[1]) == k] for k in ("<q>", "<k>", "<v>", "m", "l")]
@@ -210,7 +210,7 @@ def test_all_edges_of_a_model_are_what_they_are_by_hand(tiny, family):
 @pytest.mark.parametrize("family", OTHERS)
 def test_edges_of_every_other_family_are_what_they_are_by_hand(tiny, family):
     model, pairs, direction = tiny(family, torch.float64), prompts(), random.Random(family).choice(["denoise", "noise"])
-    edges = sample(model.cfg, family, 4)
+    edges = sample(model.cfg, family, 3)
     scores = edge_patching(model, pairs, edges=names(edges), direction=direction)
     assert_by_hand(scores, ByHand(model, pairs, direction), edges)
 
@@ -292,7 +292,7 @@ def test_an_edge_into_the_logits_is_the_residual_normed_anew(tiny, family, direc
 
 
 @DIRECTIONS
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2", "pythia", "gptj"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2", "gptj"])
 def test_the_last_mlp_acts_through_its_one_edge(tiny, family, direction):
     """E19: with one path only, patching the edge is patching the node."""
     model, pairs = tiny(family, torch.float64), prompts()
@@ -303,7 +303,7 @@ def test_the_last_mlp_acts_through_its_one_edge(tiny, family, direction):
 
 
 @DIRECTIONS
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "gemma2", "olmo2", "pythia", "gptj"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "pythia"])
 def test_heads_that_nothing_else_reads_act_through_their_edge_into_the_logits(tiny, family, direction):
     """The same for the last layer's heads, where no MLP reads them: in parallel models, or if the last MLP writes 0."""
     model, pairs = copy.deepcopy(tiny(family, torch.float64)), prompts()
@@ -363,7 +363,7 @@ def test_the_one_way_into_a_head_is_the_node_that_goes_it(through, direction):
             np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=target)
 
 
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 @DIRECTIONS
 def test_equal_prompts_have_no_edges_that_matter(tiny, family, direction):
     model, pairs = tiny(family, torch.float32), prompts()
@@ -391,20 +391,23 @@ def test_a_pair_that_does_not_differ_is_exactly_0_beside_pairs_that_do(tiny):
 # ------------------------------------------------------------------------------------------- what must not change anything
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma2", "pythia"])
 @pytest.mark.parametrize(
-    "options",
-    [{"max_memory": 1}, {"max_memory": 60_000}, {"batch_size": 1}, {"batch_size": 3, "max_memory": 1}],
+    ("family", "options"),
+    [
+        ("llama3", {"max_memory": 1}),
+        ("gemma2", {"max_memory": 100_000}),
+        ("pythia", {"batch_size": 1}),
+        ("olmo2", {"batch_size": 3, "max_memory": 60_000}),
+    ],
     ids=str,
 )
 def test_chunks_and_batches_change_nothing(tiny, family, options):
     model, pairs = tiny(family, torch.float64), prompts()
-    xr.testing.assert_allclose(
-        edge_patching(model, pairs, **options), edge_patching(model, pairs), rtol=1e-12, atol=1e-12
-    )
+    parts, whole = edge_patching(model, pairs, **options), edge_patching(model, pairs)
+    xr.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma2", "pythia"])
+@pytest.mark.parametrize("family", ["llama3", "pythia"])
 def test_the_order_of_prompts_changes_nothing(tiny, family):
     model, pairs, order = tiny(family, torch.float64), prompts(), [2, 0, 3, 1]
     moved, scores = edge_patching(model, pairs.take(order), batch_size=3), edge_patching(model, pairs)
@@ -412,8 +415,7 @@ def test_the_order_of_prompts_changes_nothing(tiny, family):
     np.testing.assert_allclose(moved.metric_clean, scores.metric_clean[order], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2", "gptj"])
-@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize(("family", "n"), [("gpt2", 1), ("mistral", 5), ("gptj", 40), ("gemma2", 40)])
 def test_some_edges_are_the_same_as_among_all(tiny, family, n):
     model, pairs = tiny(family, torch.float64), prompts()
     edges = random.Random(n).sample(edges_of(model.cfg), n)
@@ -432,11 +434,11 @@ def test_some_edges_are_the_same_as_among_all(tiny, family, n):
     np.testing.assert_array_equal(again, some)
 
 
-@DIRECTIONS
 @pytest.mark.parametrize("family", DIFFERENT)
-def test_float32_agrees_to_five_digits(tiny, family, direction):
+def test_float32_agrees_to_five_digits(tiny, family):
     """The same weights, to the last bit, in both precisions."""
     narrow, pairs = tiny(family, torch.float32), prompts()
+    direction = random.Random(family).choice(["denoise", "noise"])
     wide = copy.deepcopy(narrow).double()
     found = edge_patching(narrow, pairs, direction=direction).fillna(0)
     expected = edge_patching(wide, pairs, direction=direction).fillna(0)
@@ -569,8 +571,7 @@ def rows_run(model, pairs, chosen, monkeypatch, **options) -> tuple[int, list]:
     return n_rows, walks
 
 
-@pytest.mark.parametrize("family", ["gpt2", "pythia"])
-@pytest.mark.parametrize("max_memory", [None, 1, 100_000])
+@pytest.mark.parametrize(("family", "max_memory"), [("gpt2", None), ("gpt2", 100_000), ("pythia", 1)])
 def test_the_plan_says_what_will_be_done(tiny, monkeypatch, family, max_memory):
     model, pairs, plans = tiny(family, torch.float32), prompts(), []
     edge_patching(model, pairs, announce=plans.append, max_memory=max_memory)
@@ -612,7 +613,7 @@ def test_a_chunk_stays_within_max_memory_unless_one_source_alone_is_larger(tiny,
         targets = [target for target in readers(model.cfg) if target.startswith(("a2", "m2"))]
         uneven = [f"input->{target}" for target in targets] + [f"{u}->m2" for u in writers(model.cfg)[1:11]]
         chosen = select_edges(model.cfg, uneven)
-    for max_memory in (20_000, 50_000, 100_000, 200_000, 500_000):
+    for max_memory in (100_000, 200_000, 500_000):
         _, walks = rows_run(model, pairs, chosen, monkeypatch, max_memory=max_memory)
         for plan in walks:
             used, sources = row_bytes(model, plan).sum(), np.unique(plan.cell // chosen.shape[1])
