@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.errors import one_of
+from interp.errors import OptionError, one_of
 from interp.exact import SIDES, Announce, Reader
 from interp.graph import edge_mask, readers, select_edges, writers
 from interp.interventions import Values
@@ -37,19 +37,20 @@ from interp.sweep import (
     SweepPlan,
     both_runs,
     check_sweepable,
+    chunk_ranges,
     first_change,
     flops_per_token,
     in_halves,
     memory_limit,
     row_bytes,
     row_flops,
-)  # fmt: skip
+)
 from interp.tasks.pairs import PromptPairs
 from interp.walk import Walk
 
 
 def edge_patching(
-    model: Transformer, pairs: PromptPairs, *, edges: Sequence[str] | None = None,
+    model: Transformer, pairs: PromptPairs, *, edges: str | Sequence[str] | None = None,
     metric: str | Callable | Metric = "logit_diff", direction: Literal["denoise", "noise"] = "denoise",
     normalize: bool = False, max_memory: int | None = None, batch_size: int | None = None, announce: Announce = None,
     progress: bool = False,
@@ -65,7 +66,9 @@ def edge_patching(
     one_of(direction, DIRECTIONS, "direction")
     check_sweepable(model)
     metric, cfg = get_metric(metric), model.cfg
-    chosen = edge_mask(cfg) if edges is None else select_edges(cfg, edges)
+    chosen = edge_mask(cfg) if edges is None else select_edges(cfg, [edges] if isinstance(edges, str) else edges)
+    if not chosen.any():
+        raise OptionError("no edges to patch")
     batches = pairs.chunks(batch_size)
     if announce is not None:
         announce(_plan(model, batches, chosen, memory_limit(model.device, max_memory)))
@@ -75,7 +78,10 @@ def edge_patching(
         total=len(batches) * int(chosen.sum()), desc="edges", unit="edge", disable=not progress, leave=False
     ) as bar:
         for batch in batches:
-            runs, read = EdgeRuns(model, batch, base=base, max_memory=max_memory), Reader(batch, [metric], model)
+            runs, read = (
+                EdgeRuns(model, batch, base=base, max_memory=max_memory),
+                Reader(batch, [metric], model, first=first),
+            )
             unpatched.append(read.unpatched(runs.final_resid))
             before = unpatched[-1][base][0]
             values = values.astype(np.promote_types(values.dtype, before.numpy().dtype), copy=False)
@@ -135,9 +141,8 @@ class EdgeRuns:
         alive = self.first_change < self.pairs.lengths.cpu().numpy()
         for layer in range(self.cfg.n_layers):
             mine, sources = _of_layer(chosen, layer, self.cfg)
-            cost = row_bytes(self.model, _rows(mine, sources, layer, self)).sum() / max(1, len(sources))
-            size = max(1, int(self.max_memory // max(1, cost)))
-            ranges = [(i, min(i + size, len(sources))) for i in range(0, len(sources), size)]
+            rows = edge_rows(mine, sources, layer, self.cfg, self.pairs, self.first_change)
+            ranges = chunk_ranges(source_bytes(self.model, self.pairs, rows, sources, mine.shape[1]), self.max_memory)
 
             def work(first: int, last: int, layer=layer, mine=mine, sources=sources):
                 return self._into_layer(layer, mine, sources[first:last])
@@ -147,7 +152,7 @@ class EdgeRuns:
                     yield found
             update(int(mine.sum()))
         sources = np.flatnonzero(chosen[:, -1])
-        for source in sources:
+        for source in sources if alive.any() else ():
             prompts = torch.from_numpy(np.flatnonzero(alive)).to(self.pairs.clean.device)
             change = self._contribution(self.nodes[source])[prompts, self.pairs.read_at[prompts]]
             where = np.full(len(prompts), chosen.shape[1] - 1)
@@ -155,7 +160,7 @@ class EdgeRuns:
         update(len(sources))
 
     def _into_layer(self, layer: int, mine: np.ndarray, sources: np.ndarray):
-        rows = _rows(mine, sources, layer, self)
+        rows = edge_rows(mine, sources, layer, self.cfg, self.pairs, self.first_change)
         if not len(rows):
             return None
         change = torch.stack([self._contribution(self.nodes[source]) for source in sources])
@@ -220,11 +225,6 @@ def _of_layer(chosen: np.ndarray, layer: int, cfg) -> tuple[np.ndarray, np.ndarr
     return mine, np.flatnonzero(mine.any(1))
 
 
-def _rows(mine: np.ndarray, sources: np.ndarray, layer: int, runs: EdgeRuns) -> Plan:
-    """The rows of some sources' edges into one layer: each begins where its target's output joins."""
-    return edge_rows(mine, sources, layer, runs.cfg, runs.pairs, runs.first_change)
-
-
 def edge_rows(mine: np.ndarray, sources: np.ndarray, layer: int, cfg, pairs: PromptPairs, first: np.ndarray) -> Plan:
     """As a plan whose entries' "prompt" is a row of the values that `EdgeRuns` computes for these sources."""
     n_heads, n_prompts = cfg.n_heads, len(pairs)
@@ -261,6 +261,15 @@ def edge_rows(mine: np.ndarray, sources: np.ndarray, layer: int, cfg, pairs: Pro
     )
 
 
+def source_bytes(model: Transformer, pairs: PromptPairs, rows: Plan, sources: np.ndarray, n_targets: int) -> np.ndarray:
+    """Estimated peak bytes of each source: of its rows, and of the layer that rereads the stream for it."""
+    cfg, (n_prompts, width) = model.cfg, pairs.clean.shape
+    of_rows = np.bincount(np.searchsorted(sources, rows.cell // n_targets), row_bytes(model, rows), len(sources))
+    q, kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    reread = 3 * cfg.d_model + 6 * q + 4 * kv + 2 * cfg.n_heads * width + 2 * cfg.d_mlp
+    return of_rows + model.W_E.element_size() * n_prompts * width * reread
+
+
 def _plan(model: Transformer, batches: Sequence[PromptPairs], chosen: np.ndarray, limit: int) -> SweepPlan:
     """What patching these edges will do."""
     cfg, per_token = model.cfg, sum(flops_per_token(model.cfg))
@@ -268,15 +277,15 @@ def _plan(model: Transformer, batches: Sequence[PromptPairs], chosen: np.ndarray
     for pairs in batches:
         first = first_change(pairs, "other")
         plain = pairs.clean.numel() * cfg.n_layers * per_token
-        flops, naive = flops + 2 * plain, naive + int(chosen.sum()) * plain
+        flops, naive = flops + 2 * plain, naive + (2 + int(chosen.sum())) * plain
         rows += int(chosen[:, -1].sum()) * int((first < pairs.lengths.cpu().numpy()).sum())
         for layer in range(cfg.n_layers):
             mine, sources = _of_layer(chosen, layer, cfg)
             part = edge_rows(mine, sources, layer, cfg, pairs, first)
-            cost = row_bytes(model, part).sum() / max(1, len(sources))
-            size = max(1, int(limit // max(1, cost)))
-            rows, chunks = rows + len(part), chunks + -(-len(sources) // size)
+            cost = source_bytes(model, pairs, part, sources, chosen.shape[1])
+            ranges = chunk_ranges(cost, limit)
+            rows, chunks = rows + len(part), chunks + len(ranges)
             # the targets read the stream anew for each source
             flops += row_flops(cfg, part) + len(sources) * pairs.clean.numel() * per_token
-            peak = max(peak, cost * min(size, len(sources)))
+            peak = max([peak, *(cost[a:b].sum() for a, b in ranges)])
     return SweepPlan(int(chosen.sum()), sum(map(len, batches)), rows, chunks, flops, naive, int(peak))

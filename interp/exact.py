@@ -48,10 +48,14 @@ class Reader:
     """Reads all metrics from logits at the read position: [metric, prompt].
 
     With `model`, from residual streams after the last layer as well. Of linear metrics, only the answers' columns of the
-    unembedding are then multiplied, and rows are read along one direction per prompt.
+    unembedding are then multiplied, and rows are read along one direction per prompt. first: the number of the first
+    prompt, for messages.
     """
 
-    def __init__(self, pairs: PromptPairs, metrics: Sequence[Metric], model: Transformer | None = None):
+    def __init__(
+        self, pairs: PromptPairs, metrics: Sequence[Metric], model: Transformer | None = None, *, first: int = 0
+    ):
+        self.numbers = torch.arange(first, first + len(pairs), device=pairs.clean.device)
         # a metric needs the tokens and answers; what else a pair carries would be copied for every row
         self.pairs = replace(pairs, token_strings=None, embedding_noise=None, noise_mask=None)
         self.metrics, self.model, self.columns, self.clean_logits = metrics, model, None, None
@@ -67,7 +71,8 @@ class Reader:
         self.pairs = replace(self.pairs, **places)
 
     def __call__(self, logits: Float[Tensor, "prompt column"]) -> Float[Tensor, "metric prompt"]:
-        return torch.stack([metric(logits, self.pairs, self.clean_logits) for metric in self.metrics]).cpu()
+        values = [metric(logits, self.pairs, self.clean_logits, numbers=self.numbers) for metric in self.metrics]
+        return torch.stack(values).cpu()
 
     def unpatched(self, final_resid: dict[str, Tensor]) -> dict[str, Float[Tensor, "metric prompt"]]:
         """Metrics of the clean and the corrupt run from their final residual streams; the clean one is kept to compare."""
@@ -84,7 +89,9 @@ class Reader:
         for r, p in zip(resid.split(block), prompts.split(block), strict=True):
             pairs, clean = self.pairs.take(p), None if self.clean_logits is None else self.clean_logits[p]
             logits = self.model.unembed_resid(r, columns=self.columns)
-            found.append(torch.stack([metric(logits, pairs, clean) for metric in self.metrics]))
+            found.append(
+                torch.stack([metric(logits, pairs, clean, numbers=self.numbers[p]) for metric in self.metrics])
+            )
         return torch.cat(found, 1).cpu()
 
     def _along_direction(
@@ -101,7 +108,7 @@ class Reader:
             resid, directions, prompts, weight=weight, bias=norm.b, norm="layer" if norm.centred else "rms",
             eps=norm.eps, offset=offset,
         )  # fmt: skip
-        return metric.check(values, prompts)
+        return metric.check(values, self.numbers[prompts])
 
 
 def exact_scores(
@@ -129,22 +136,25 @@ def exact_scores(
     parts: list[Scores] = []
     total = len(chunks) * len(interventions)
     with tqdm(total=total, desc=title, unit="run", disable=None if progress else True, leave=False) as bar:
+        first = 0
         for chunk in chunks:
             options = {"base": base, "sites": sites, "source": source}
-            if engine == "hooks":
-                parts.append(_by_hooks(model, chunk, interventions, metrics, options, bar.update))
+            read = Reader(chunk, metrics, model if engine == "sweep" else None, first=first)
+            if engine == "sweep":
+                runs = SweepRuns(model, chunk, **options, max_memory=max_memory)
+                parts.append(_by_sweep(runs, read, interventions, base, bar.update))
             else:
-                parts.append(
-                    _by_sweep(model, chunk, interventions, metrics, options | {"max_memory": max_memory}, bar.update)
-                )
+                parts.append(_by_hooks(model, chunk, read, interventions, options, bar.update))
+            first += len(chunk)
     return Scores(*(torch.cat([getattr(p, name) for p in parts], 1) for name in ("patched", *SIDES)), base)
 
 
-def _by_hooks(model, pairs: PromptPairs, interventions: Sequence[Intervention], metrics, options, update) -> Scores:
+def _by_hooks(
+    model, pairs: PromptPairs, read: Reader, interventions: Sequence[Intervention], options: dict, update: Callable
+) -> Scores:
     layers = sorted({patch.layer for intervention in interventions for patch in intervention})
     runs = PatchedRuns(model, pairs, layers=layers, **options)
     runs.check()
-    read = Reader(pairs, metrics)
     logits = {side: logits_at(model, pairs.tokens(side), pairs.read_at, pairs.hooks(side)) for side in SIDES}
     read.clean_logits = logits["clean"]
     columns = []
@@ -154,15 +164,16 @@ def _by_hooks(model, pairs: PromptPairs, interventions: Sequence[Intervention], 
     return Scores(torch.stack(columns, -1), *(read(logits[side]) for side in SIDES), options["base"])
 
 
-def _by_sweep(model, pairs: PromptPairs, interventions: Sequence[Intervention], metrics, options, update) -> Scores:
-    runs, read = SweepRuns(model, pairs, **options), Reader(pairs, metrics, model)
+def _by_sweep(
+    runs: SweepRuns, read: Reader, interventions: Sequence[Intervention], base: str, update: Callable
+) -> Scores:
     unpatched = read.unpatched(runs.final_resid)
     # what has no row cannot differ from the base run
-    values = unpatched[options["base"]][..., None].repeat(1, 1, len(interventions))
+    values = unpatched[base][..., None].repeat(1, 1, len(interventions))
     reached = 0
     for done, cells, prompts, found in runs.run(interventions, read.rows):
         values[:, prompts.cpu(), torch.from_numpy(cells)] = found
         update(done - reached)
         reached = done
     update(len(interventions) - reached)
-    return Scores(values, *unpatched.values(), options["base"])
+    return Scores(values, *unpatched.values(), base)

@@ -46,8 +46,14 @@ class Metric:
     needs: tuple[str, ...] = ()
     linear: bool = False
 
-    def __call__(self, logits: Logits, pairs: "PromptPairs", clean_logits: Logits | None = None) -> Values:
-        """Values [prompt], in float32 at least; `MetricError` if one of them is not finite, naming the prompts."""
+    def __call__(
+        self, logits: Logits, pairs: "PromptPairs", clean_logits: Logits | None = None,
+        *, numbers: Int[Tensor, " prompt"] | None = None,
+    ) -> Values:  # fmt: skip
+        """Values [prompt], in float32 at least; `MetricError` if one of them is not finite, naming the prompts.
+
+        numbers: what the prompts are called in that sentence (default: 0, 1, ...).
+        """
         if "wrong_answers" in self.needs and pairs.wrong_answers is None:
             raise MetricError(f"metric {self.name} needs wrong answers, and these pairs have none")
         if "clean_logits" in self.needs and clean_logits is None:
@@ -56,13 +62,13 @@ class Metric:
         values = self.compute(wide, pairs, clean_logits)
         if values.shape != (len(pairs),):
             raise MetricError(f"metric {self.name} returned shape {tuple(values.shape)}, not one value per prompt")
-        return self.check(values)
+        return self.check(values, numbers)
 
-    def check(self, values: Values, prompts: Int[Tensor, " row"] | None = None) -> Values:
-        """The values, if all are finite; `MetricError` naming the prompts otherwise (prompts: which one each value is of)."""
+    def check(self, values: Values, numbers: Int[Tensor, " prompt"] | None = None) -> Values:
+        """The values, if all are finite; `MetricError` naming the prompts otherwise."""
         if not torch.isfinite(values).all():
             bad = (~torch.isfinite(values)).nonzero().flatten()
-            bad = (bad if prompts is None else prompts[bad]).unique().tolist()
+            bad = (bad if numbers is None else numbers[bad]).unique().tolist()
             raise MetricError(f"metric {self.name} is not finite on prompts {name_some(bad)}")
         return values
 

@@ -57,7 +57,7 @@ class SweepPlan:
     rows: int  # pairs of intervention and prompt that can change anything
     chunks: int
     flops: float  # additions and multiplications of the rows and of the two unpatched runs
-    naive_flops: float  # one whole forward pass per cell and prompt
+    naive_flops: float  # one whole forward pass per cell and prompt, and the two unpatched runs
     peak_bytes: int  # estimate, beside the model
 
     @classmethod
@@ -70,12 +70,12 @@ class SweepPlan:
         rows, chunks, flops, naive, peak = 0, 0, 0.0, 0.0, 0.0
         for pairs in batches:
             whole = plan(interventions, pairs, cfg.n_layers, first_change=first_change(pairs, source))
-            ranges = chunk_ranges(whole, len(interventions), row_bytes(model, whole), limit)
+            cost = np.bincount(whole.cell, row_bytes(model, whole), minlength=len(interventions))
+            ranges = chunk_ranges(cost, limit)
             rows, chunks = rows + len(whole), chunks + len(ranges)
             plain = pairs.clean.numel() * cfg.n_layers * sum(flops_per_token(cfg))
             flops += 2 * plain + row_flops(cfg, whole)
-            naive += len(interventions) * plain
-            cost = np.bincount(whole.cell, row_bytes(model, whole), minlength=len(interventions))
+            naive += (2 + len(interventions)) * plain
             peak = max(peak, *(cost[a:b].sum() for a, b in ranges))
         return cls(len(interventions), sum(map(len, batches)), rows, chunks, flops, naive, int(peak))
 
@@ -130,7 +130,7 @@ class SweepRuns:
         Pairs of intervention and prompt without a row leave the base run as it is.
         """
         whole = plan(interventions, self.pairs, self.model.cfg.n_layers, first_change=self.first_change)
-        ranges = chunk_ranges(whole, len(interventions), row_bytes(self.model, whole), self.max_memory)
+        cost = np.bincount(whole.cell, row_bytes(self.model, whole), minlength=len(interventions))
 
         def work(first: int, last: int):
             part = whole.take(first, last) if last - first < len(interventions) else whole
@@ -140,6 +140,7 @@ class SweepRuns:
             prompts = torch.from_numpy(part.prompt[rows]).to(self.pairs.clean.device)
             return last, part.cell[rows] + first, prompts, read(resid, prompts)
 
+        ranges = chunk_ranges(cost, self.max_memory)
         yield from filter(None, in_halves(ranges, work, f"one intervention on {len(self.pairs)} prompts"))
 
 
@@ -155,7 +156,7 @@ def in_halves(ranges: Sequence[tuple[int, int]], work: Callable[[int, int], T], 
             done = work(first, last)
         except torch.OutOfMemoryError as error:
             if last - first == 1:
-                raise OptionError(f"{smallest} does not fit into memory: use a smaller batch_size") from error
+                raise OptionError(f"no room in memory for {smallest}: use a smaller batch_size") from error
         else:
             yield done
             continue
@@ -178,16 +179,15 @@ def both_runs(model: Transformer, pairs: PromptPairs, names: Sequence[str]) -> d
     }
 
 
-def chunk_ranges(rows: Plan, n_interventions: int, n_bytes: np.ndarray, limit: int) -> list[tuple[int, int]]:
-    """Ranges of interventions whose rows fit into `limit` bytes; one too large by itself is a range of its own."""
-    cost = np.bincount(rows.cell, n_bytes, minlength=n_interventions)
+def chunk_ranges(cost: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """Ranges of items whose costs sum to at most `limit`; one too large by itself is a range of its own."""
     ranges, first, used = [], 0, 0.0
     for i, n in enumerate(cost.tolist()):
         if used + n > limit and i > first:
             ranges.append((first, i))
             first, used = i, 0.0
         used += n
-    return [*ranges, (first, n_interventions)]
+    return [*ranges, (first, len(cost))] if len(cost) else []
 
 
 def row_bytes(model: Transformer, rows: Plan) -> np.ndarray:
