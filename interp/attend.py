@@ -102,6 +102,30 @@ def suffix_attention(
         z[queries].unflatten(0, (b - a, -1)).copy_(mixed)
 
 
+def read_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads) -> None:
+    """`suffix_attention` of rows that ask one query each, at their last position: the last layer's.
+
+    The base run's keys serve all rows of a prompt in one product, and own keys are multiplied where they lie, so that
+    nothing is gathered but a query per token.
+    """
+    kv, n_heads, cap = own.kv_layout, base.q.shape[2], attn.cfg.attn_softcap
+    by_prompt = _ByPrompt(prompts, len(base.k), z)
+    shared = ops.attention_scores(by_prompt.table(own.q), base.k, scale=attn.scale, softcap=cap, rules=GRADIENT)
+    forbidden = ops.causal_mask(
+        by_prompt.table_of(kv.ends - 1), torch.arange(shared.shape[-1], device=z.device), attn.window
+    )
+    scores = ops.at_least_float32(shared.permute(0, 2, 3, 1)).contiguous()  # [prompt, row of that prompt, key, head]
+    slot, position = kv.spelled(0, len(kv))
+    row, key = _index(slot, z), _index(by_prompt.flat[slot] * scores.shape[2] + position, z)
+    own_scores = (own.q.index_select(0, row) * _for_each_head(own.k, n_heads)).sum(-1) * attn.scale
+    scores.flatten(0, 2)[key] = (own_scores if cap is None else GRADIENT.soft_cap(own_scores, cap)).to(scores.dtype)
+    pattern = scores.masked_fill_(forbidden[..., None], -torch.inf).softmax(2).to(z.dtype)
+    weight = pattern.flatten(0, 2).index_select(0, key)
+    pattern.flatten(0, 2)[key] = 0
+    z.copy_(by_prompt.untable(ops.attention_mix(pattern.permute(0, 3, 1, 2), base.v, GRADIENT)))
+    z.index_add_(0, row, weight[..., None] * _for_each_head(own.v, n_heads))
+
+
 def spread_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads, after: Layout) -> None:
     """z at the positions that `after` names of rows that changed at one position each, written into z.
 
@@ -214,8 +238,8 @@ class _ByPrompt:
         self.place[order] = step
         self.rows = np.zeros((n_prompts, counts.max()), dtype=np.int64)  # padding repeats row 0; nobody reads it
         self.rows[prompts, self.place] = np.arange(len(prompts))
-        self._index = _index(self.rows, like)
-        self._back = _index(prompts * self.rows.shape[1] + self.place, like)
+        self.flat = prompts * self.rows.shape[1] + self.place
+        self._index, self._back = _index(self.rows, like), _index(self.flat, like)
 
     def table(self, x: Float[Tensor, "row *rest"]) -> Float[Tensor, "prompt place *rest"]:
         return x[self._index]

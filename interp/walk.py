@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interp.attend import Base, Own, kernel_attention, spread_attention, suffix_attention
+from interp.attend import Base, Own, kernel_attention, read_attention, spread_attention, suffix_attention
 from interp.interventions import Values
 from interp.model.transformer import Attention, Transformer
 from interp.rows import ALL, N_STAGES, STAGE, Entries, Layout, Plan, spell_out
@@ -138,10 +138,13 @@ class Walk:
             return kernel_attention(attn, own, base, prompts, after)
         if spread[0] == layer:  # all of them, by the order of rows and the cut into blocks
             spread_attention(attn, own, base, prompts, z, after)
-        else:
-            entries = self.plan.entries.get((layer, "pattern"))
-            patch = None if entries is None else self._pattern_patch(layer, entries, before)
+        elif (layer, "pattern") in self.plan.entries:
+            patch = self._pattern_patch(layer, self.plan.entries[layer, "pattern"], before)
             suffix_attention(attn, own, base, prompts, z, patch)
+        elif queries is not before:
+            read_attention(attn, own, base, prompts, z)
+        else:
+            suffix_attention(attn, own, base, prompts, z)
         return z
 
     def _in_one(self, layer: int) -> bool:
