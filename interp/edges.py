@@ -71,7 +71,7 @@ def edge_patching(
         raise OptionError("no edges to patch")
     batches = pairs.chunks(batch_size)
     if announce is not None:
-        announce(_plan(model, batches, chosen, memory_limit(model.device, max_memory)))
+        announce(plan_edges(model, batches, chosen, max_memory=max_memory))
     values = np.full((len(pairs), *chosen.shape), np.nan, dtype=np.float32)
     base, first, unpatched = DIRECTIONS[direction], 0, []
     with tqdm(
@@ -270,9 +270,11 @@ def source_bytes(model: Transformer, pairs: PromptPairs, rows: Plan, sources: np
     return of_rows + model.W_E.element_size() * n_prompts * width * reread
 
 
-def _plan(model: Transformer, batches: Sequence[PromptPairs], chosen: np.ndarray, limit: int) -> SweepPlan:
-    """What patching these edges will do."""
-    cfg, per_token = model.cfg, sum(flops_per_token(model.cfg))
+def plan_edges(
+    model: Transformer, batches: Sequence[PromptPairs], chosen: np.ndarray, *, max_memory: int | None = None
+) -> SweepPlan:
+    """What patching the chosen edges [source, target] on every batch of prompts will do."""
+    cfg, per_token, limit = model.cfg, sum(flops_per_token(model.cfg)), memory_limit(model.device, max_memory)
     rows, chunks, flops, naive, peak = 0, 0, 0.0, 0.0, 0.0
     for pairs in batches:
         first = first_change(pairs, "other")
