@@ -4,6 +4,7 @@
     python benchmarks/patching.py --model gpt2-small-shape --peer-cells 24 --repeats 1
     python benchmarks/patching.py --width 64 --shared 0
     python benchmarks/patching.py --growth                           measured cost beside the formula's
+    python benchmarks/patching.py --edges                            every edge of mini-gpt2
     python benchmarks/patching.py --device cuda --model pythia-1.4b-shape --out benchmarks/results/machine.json
 
 The job is resid_pre + attn_out + mlp_out + every head, each at every position, denoising, logit difference. The peer's
@@ -30,7 +31,7 @@ import pandas as pd
 import psutil
 import torch
 
-from interp import PromptPairs, activation_patching, bundled_models, load_model
+from interp import PromptPairs, activation_patching, bundled_models, edge_patching, load_model
 from interp.files import write_atomically
 from interp.model.load import quiet_libraries
 from interp.sweep import flops_per_token
@@ -229,6 +230,18 @@ def growth(options) -> list[dict]:
     return results
 
 
+def edges(options) -> list[dict]:
+    """Every edge of a bundled model's graph."""
+    model, plans = load_model(options.model, device=options.device), []
+    pairs = make_pairs(model.cfg.d_vocab, options.prompts, options.width, options.shared[0], options.device)
+    job = lambda: edge_patching(model, pairs, announce=plans.append)  # noqa: E731
+    job()
+    took = seconds(job, options.repeats)
+    print(f"{options.model}, all edges: {took:.3f} s; {plans[0]}")
+    return [{"model": options.model, "edges": plans[0].cells, "prompts": options.prompts, "width": options.width,
+             "shared": options.shared[0], "seconds": took, "gflop": plans[0].flops / 1e9}]  # fmt: skip
+
+
 def about(options) -> dict:
     if options.device == "cpu":
         machine = f"{_processor()}, {torch.get_num_threads()} threads"
@@ -254,6 +267,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-cells", type=int, help="cells of each site given to the peer (default: all)")
     parser.add_argument("--growth", action="store_true", help="cost against the formula instead of the comparison")
+    parser.add_argument("--edges", action="store_true", help="every edge of a bundled model instead of the comparison")
     parser.add_argument("--out", type=Path, help="JSON file to write; results are added to those in it")
     options = parser.parse_args()
     if options.model not in (*bundled_models(), *SHAPES):
@@ -263,7 +277,10 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        kind, results = ("growth", growth(options)) if options.growth else ("comparison", compare(options))
+        kind, job = (
+            ("growth", growth) if options.growth else ("edges", edges) if options.edges else ("comparison", compare)
+        )
+        results = job(options)
     if options.out:
         content = json.loads(options.out.read_text()) if options.out.exists() else about(options)
         content[kind] = content.get(kind, []) + results

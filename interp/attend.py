@@ -119,11 +119,12 @@ def read_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, z
     row, key = _index(slot, z), _index(by_prompt.flat[slot] * scores.shape[2] + position, z)
     own_scores = (own.q.index_select(0, row) * _for_each_head(own.k, n_heads)).sum(-1) * attn.scale
     scores.flatten(0, 2)[key] = (own_scores if cap is None else GRADIENT.soft_cap(own_scores, cap)).to(scores.dtype)
-    pattern = scores.masked_fill_(forbidden[..., None], -torch.inf).softmax(2).to(z.dtype)
+    pattern = scores.masked_fill_(forbidden[..., None], -torch.inf).softmax(2)
     weight = pattern.flatten(0, 2).index_select(0, key)
     pattern.flatten(0, 2)[key] = 0
-    z.copy_(by_prompt.untable(ops.attention_mix(pattern.permute(0, 3, 1, 2), base.v, GRADIENT)))
-    z.index_add_(0, row, weight[..., None] * _for_each_head(own.v, n_heads))
+    mixed = ops.attention_mix(pattern.permute(0, 3, 1, 2).to(z.dtype), base.v, GRADIENT)
+    mixed = ops.at_least_float32(by_prompt.untable(mixed))  # summed token by token: not in half precision
+    z.copy_(mixed.index_add_(0, row, weight[..., None] * _for_each_head(own.v, n_heads)))
 
 
 def spread_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, z: Heads, after: Layout) -> None:
@@ -189,7 +190,7 @@ def kernel_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray,
 def _at_the_point(
     attn: Attention, q: Tensor, k: Tensor, base: Base, point: Tensor
 ) -> tuple[Float[Tensor, "prompt row head d_head"], Float[Tensor, "prompt row head"]]:
-    """A changed query over the base run's keys before it and its own: the mix without its own value, and that's weight.
+    """A changed query over the base run's keys before it and its own: the mix without its own value, and the weight of that.
 
     q, k: [prompt, row, head, d_head]; point: [prompt, row].
     """

@@ -38,7 +38,7 @@ from interp.sweep import (
     both_runs,
     check_sweepable,
     chunk_ranges,
-    first_change,
+    differing,
     flops_per_token,
     in_halves,
     memory_limit,
@@ -127,7 +127,7 @@ class EdgeRuns:
         self.final_resid = {side: run[SITES["resid_post"].hook(n_layers - 1)][at_end] for side, run in runs.items()}
         self.base_end = self.base[SITES["resid_post"].hook(n_layers - 1)][at_end]
         self.places = model.places(pairs.clean.shape[1])
-        self.first_change = first_change(pairs, "other")
+        self.first_change = _first_change(pairs)
         self.nodes = [parse_node(name) for name in writers(model.cfg)]
 
     @torch.no_grad()
@@ -216,6 +216,12 @@ class EdgeRuns:
         return given | {SITES["mlp_out"].hook(layer): mlp_out.flatten(0, 1)}
 
 
+def _first_change(pairs: PromptPairs) -> np.ndarray:
+    """[prompt]: the first position at which the two runs differ; the prompt's length where they do not."""
+    differs = differing(pairs, "other")
+    return np.where(differs.any(1), differs.argmax(1), pairs.lengths.cpu().numpy())
+
+
 def _of_layer(chosen: np.ndarray, layer: int, cfg) -> tuple[np.ndarray, np.ndarray]:
     """The wanted edges into one layer's heads and MLP [source, target], and their sources."""
     per_layer = 3 * cfg.n_heads + 1
@@ -277,7 +283,7 @@ def plan_edges(
     cfg, per_token, limit = model.cfg, sum(flops_per_token(model.cfg)), memory_limit(model.device, max_memory)
     rows, chunks, flops, naive, peak = 0, 0, 0.0, 0.0, 0.0
     for pairs in batches:
-        first = first_change(pairs, "other")
+        first = _first_change(pairs)
         plain = pairs.clean.numel() * cfg.n_layers * per_token
         flops, naive = flops + 2 * plain, naive + (2 + int(chosen.sum())) * plain
         rows += int(chosen[:, -1].sum()) * int((first < pairs.lengths.cpu().numpy()).sum())

@@ -159,11 +159,13 @@ class Plan:
         return Plan(self.cell[keep] - first_cell, *(column[keep] for column in per_row), self.n_layers, entries)
 
 
-def plan(interventions: Sequence[Intervention], pairs: PromptPairs, n_layers: int, *, first_change: np.ndarray) -> Plan:
+def plan(interventions: Sequence[Intervention], pairs: PromptPairs, n_layers: int, *, differs: np.ndarray) -> Plan:
     """Rows for all interventions on all prompts; those that cannot change what is read have none.
 
-    first_change: [prompt], the first position at which a patched value can differ from the base run's.
+    differs: [prompt, position], where the run that patched values come from has another input than the base run.
     """
+    lengths = pairs.lengths.cpu().numpy()
+    first_change = np.where(differs.any(1), differs.argmax(1), lengths)
     table = np.array(
         [
             (c, p.layer, _NAMES.index(p.site), -1 if p.unit is None else p.unit,
@@ -176,9 +178,13 @@ def plan(interventions: Sequence[Intervention], pairs: PromptPairs, n_layers: in
     is_q = table[:, 2] == _NAMES.index("q")
     last_layer = table[:, 1] == n_layers - 1
 
-    position, end, first = table[:, 4, None], pairs.lengths.cpu().numpy()[None], first_change[None]
+    position, end, first = table[:, 4, None], lengths[None], first_change[None]
     at = np.where(position == ALL, first, np.where(position < 0, end + position, position))  # [patch, prompt]
     alive = (at >= first) & (at < end)
+    # Before the first attention, positions know nothing of each other.
+    unmixed = (table[:, 1] == 0) & (stages < STAGE["pattern"])
+    everyone = np.arange(len(pairs))[None]
+    alive &= ~unmixed[:, None] | (position == ALL) | differs[everyone, np.clip(at, 0, differs.shape[1] - 1)]
     # In the last layer everything after the keys and values matters only at the position that is read.
     late = last_layer & ((stages >= STAGE["pattern"]) | is_q)
     alive &= ~late[:, None] | (position == ALL) | (at == end - 1)

@@ -40,12 +40,9 @@ def check_sweepable(model) -> None:
         raise PatchError(f'the model has a hook of its own at {attached[0]}: reset_hooks(), or use engine "hooks"')
 
 
-def first_change(pairs: PromptPairs, source: object) -> np.ndarray:
-    """[prompt]: the first position at which a patched value can differ from the base run's."""
-    if source != "other":
-        return np.zeros(len(pairs), dtype=np.int64)
-    differs = pairs.differs
-    return torch.where(differs.any(1), differs.int().argmax(1), pairs.lengths).cpu().numpy()
+def differing(pairs: PromptPairs, source: object) -> np.ndarray:
+    """[prompt, position]: where the run that patched values come from has another input than the base run."""
+    return (pairs.differs if source == "other" else pairs.is_token).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class SweepPlan:
         cfg, limit = model.cfg, memory_limit(model.device, max_memory)
         rows, chunks, flops, naive, peak = 0, 0, 0.0, 0.0, 0.0
         for pairs in batches:
-            whole = plan(interventions, pairs, cfg.n_layers, first_change=first_change(pairs, source))
+            whole = plan(interventions, pairs, cfg.n_layers, differs=differing(pairs, source))
             cost = np.bincount(whole.cell, row_bytes(model, whole), minlength=len(interventions))
             ranges = chunk_ranges(cost, limit)
             rows, chunks = rows + len(whole), chunks + len(ranges)
@@ -118,7 +115,7 @@ class SweepRuns:
             self.source_values = {name: torch.zeros_like(self.base_values[name]) for name in patched}
         else:
             self.source_values = runs["corrupt" if base == "clean" else "clean"]
-        self.first_change = first_change(pairs, source if isinstance(source, str) else "given")
+        self.differs = differing(pairs, source if isinstance(source, str) else "given")
 
     @torch.no_grad()
     def run(
@@ -129,7 +126,7 @@ class SweepRuns:
         read: called with the rows' final residual streams where they are read [row, d_model] and their prompts [row].
         Pairs of intervention and prompt without a row leave the base run as it is.
         """
-        whole = plan(interventions, self.pairs, self.model.cfg.n_layers, first_change=self.first_change)
+        whole = plan(interventions, self.pairs, self.model.cfg.n_layers, differs=self.differs)
         cost = np.bincount(whole.cell, row_bytes(self.model, whole), minlength=len(interventions))
 
         def work(first: int, last: int):

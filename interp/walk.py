@@ -26,7 +26,7 @@ _BLOCK_ELEMENTS = 1 << 21  # MLP activations of one block of tokens on a CPU: 8 
 
 def takes_kernels(device: torch.device) -> bool:
     """Whether attention on a device goes through `interp_kernels`, whose torch path is a reference and slow."""
-    return device.type not in ("cpu", "mps")
+    return torch.empty(0, device=device).is_cuda
 
 
 class Walk:
@@ -81,12 +81,10 @@ class Walk:
             moving = x[kept:].clone()
         for first, last in self._blocks(layer, n_same):
             n_attending = max(first, min(last, len(before)))
-            tokens = (
-                slice(int(before.offsets[first]), int(before.offsets[n_attending]))
-                if first < len(before)
-                else slice(0, 0)
-            )
-            own = x[tokens] if last <= n_same else moving[tokens.start - kept : tokens.stop - kept]
+            held, lag = (x, 0) if last <= n_same else (moving, kept)
+            own = held[:0]
+            if first < len(before):
+                own = held[int(before.offsets[first]) - lag : int(before.offsets[n_attending]) - lag]
             part, out = before.part(first, n_attending), after.part(first, last)
             z = self._attention(layer, own, part, out, base)
             new = result[int(after.offsets[first]) : int(after.offsets[last])]

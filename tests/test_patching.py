@@ -337,14 +337,14 @@ def test_pattern_cells_are_causal_and_labelled(tiny):
 
 
 def test_nodes_position_by_position_are_the_sites_own_scores(tiny):
-    pairs = small_pairs(lengths=[4, 6])
-    nodes = patch_nodes(tiny("gpt2"), pairs, ["a1.h2", "m0", "m2.n5"], direction="noise", batch_size=1)
+    model, pairs = tiny("gpt2", torch.float64), small_pairs(lengths=[4, 6])
+    nodes = patch_nodes(model, pairs, ["a1.h2", "m0", "m2.n5"], direction="noise", batch_size=1)
     assert nodes.dims == ("prompt", "node", "position")
-    head = patching(tiny("gpt2"), pairs, "head", direction="noise").sel(layer=1, head=2)
-    mlp = patching(tiny("gpt2"), pairs, "mlp_out", direction="noise").sel(layer=0)
-    neuron = patching(tiny("gpt2"), pairs, "neuron", direction="noise", neurons=["m2.n5"]).isel(neuron=0)
+    head = patching(model, pairs, "head", direction="noise").sel(layer=1, head=2)
+    mlp = patching(model, pairs, "mlp_out", direction="noise").sel(layer=0)
+    neuron = patching(model, pairs, "neuron", direction="noise", neurons=["m2.n5"]).isel(neuron=0)
     for i, expected in enumerate((head, mlp, neuron)):
-        np.testing.assert_allclose(nodes[:, i].values, expected.values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(nodes[:, i].values, expected.values, rtol=1e-10, atol=1e-10)
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

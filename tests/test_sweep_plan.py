@@ -29,6 +29,7 @@ WIDTH = 9
 DIFFERS = ((0, 2), (0, 5), (1, 5), (2, 4), (2, 6), (2, 8))  # (prompt, position); the last one is padding
 LENGTHS = (9, 9, 8)
 FIRST = (2, 5, 4)
+N_ROWS = 2 * (7 + 4 + 4) + 5  # of `resid_pre(3)`: in layer 0 only where the tokens differ, then from there on
 
 
 def prompts() -> PromptPairs:
@@ -98,7 +99,7 @@ def test_rows_of_a_residual_sweep_are_the_positions_from_the_first_difference_on
     model, pairs, plans = tiny(family), prompts(), []
     activation_patching(model, pairs, "resid_pre", announce=plans.append)
     n_changed = sum(length - first for length, first in zip(LENGTHS, FIRST, strict=True))
-    assert plans[0].rows == model.cfg.n_layers * n_changed
+    assert plans[0].rows == (model.cfg.n_layers - 1) * n_changed + 5  # before any attention only where tokens differ
     assert sum(len(walk.plan) for walk in walks) == plans[0].rows
     assert (plans[0].cells, plans[0].prompts, plans[0].chunks) == (model.cfg.n_layers * WIDTH, 3, len(walks))
 
@@ -149,14 +150,14 @@ def test_what_cannot_change_the_metric_has_no_row(tiny):
 def test_zeros_change_every_position(tiny):
     """Values that are not the other run's can differ before the prompts do."""
     model = tiny("gpt2")
-    assert plan_of(model, resid_pre(3)).rows == 3 * (7 + 4 + 4)
+    assert plan_of(model, resid_pre(3)).rows == N_ROWS
     assert plan_of(model, resid_pre(3), source="zero").rows == 3 * sum(LENGTHS)
 
 
 def test_noise_changes_what_it_is_added_to(tiny):
     model = tiny("gpt2")
     noisy = corrupt(model, prompts(), "gaussian", tokens=torch.arange(WIDTH).expand(3, -1) == 6)
-    assert SweepPlan.of(model, [noisy], resid_pre(3)).rows == 3 * (3 + 3 + 2)
+    assert SweepPlan.of(model, [noisy], resid_pre(3)).rows == 2 * (3 + 3 + 2) + 3
 
 
 # ----------------------------------------------------------------------------------------------------------------- FLOPs
@@ -177,7 +178,8 @@ def test_flops_of_a_residual_sweep_are_the_closed_form(tiny, family):
         l = L-1:  c
 
     Summed over p and l, with S the sum of the n and N their number: c S L(L-1)/2 + L (kv S + (c - kv) N), less what a
-    change at one position saves, (S - N) ((L-1)(q + kv) + kv).
+    change at one position saves, (S - N) ((L-1)(q + kv) + kv). And in layer 0, a position where the tokens are the same
+    has no row.
     """
     cfg = tiny(family).cfg
     q, kv, c = per_token(cfg)
@@ -194,6 +196,9 @@ def test_flops_of_a_residual_sweep_are_the_closed_form(tiny, family):
     whole_suffixes = c * S * n_layers * (n_layers - 1) // 2 + n_layers * (kv * S + (c - kv) * N)
     assert rows == whole_suffixes - (S - N) * ((n_layers - 1) * (q + kv) + kv)
 
+    for row, (first, length) in enumerate(zip(FIRST, LENGTHS, strict=True)):
+        for n in (length - p for p in range(first, length) if (row, p) not in DIFFERS):
+            rows -= (q + kv) + n * (c - q - kv) + (n_layers - 2) * n * c + n * kv + (c - kv)
     plan, one_pass = plan_of(tiny(family), resid_pre(n_layers)), 3 * WIDTH * n_layers * c
     assert plan.flops == rows + 2 * one_pass
     assert plan.naive_flops == (2 + n_layers * WIDTH) * one_pass
@@ -291,7 +296,7 @@ def test_a_plan_is_one_line():
 def test_one_chunk_is_not_chunks(tiny):
     plan = plan_of(tiny("gpt2"), resid_pre(3))
     assert re.fullmatch(
-        r"27 cells x 3 prompts: 45 rows in 1 chunk, [\d.e-]+ GFLOP \([\d.]+x less than a forward pass each\), about \d+ MiB",
+        r"27 cells x 3 prompts: 35 rows in 1 chunk, [\d.e-]+ GFLOP \([\d.]+x less than a forward pass each\), about \d+ MiB",
         str(plan),
     )
 
@@ -387,7 +392,7 @@ def test_every_intervention_is_handed_out_once_and_in_order(tiny, monkeypatch):
         assert reached <= cells.min() <= cells.max() < upto  # nothing before what is done, nothing after it
         reached = upto
     assert set(handed.values()) == {1}
-    assert len(handed) == 3 * (7 + 4 + 4) == sum(map(len, done))
+    assert len(handed) == N_ROWS == sum(map(len, done))
 
 
 def test_running_out_while_reading_is_mended_too(tiny):
@@ -402,7 +407,7 @@ def test_running_out_while_reading_is_mended_too(tiny):
 
     runs = SweepRuns(model, pairs, base="clean", sites=["resid_pre"])
     handed = sum(len(cells) for _, cells, *_ in runs.run(resid_pre(3), read))
-    assert sizes[0] == handed == 3 * (7 + 4 + 4)
+    assert sizes[0] == handed == N_ROWS
     assert sum(n for n in sizes if n <= 10) == handed
 
 
