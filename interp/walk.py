@@ -1,8 +1,8 @@
 """One walk through a model's layers with every row on board: the arithmetic of the sweep (see `interp.sweep`).
 
 Rows lie token after token in one packed buffer. In each layer the rows on board, those that come on board with it and
-its guests (see `interp.rows`) are the slots of one layout. A layer is computed block of slots by block of slots, each
-small enough for its intermediate values to stay in a cache, with the layer's guests in the last one.
+its guests (see `interp.rows`) are the slots of one layout, guests last. A layer is computed block of slots by block of
+slots, each small enough for its intermediate values to stay in a cache.
 """
 
 from collections.abc import Iterator

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from interp import METRICS, PromptPairs, activation_patching, load_model
+from interp import METRICS, PromptPairs, activation_patching, edge_patching, load_model
 from interp.cli import main
 from interp.metrics import Metric
 from interp.tasks.named import TASKS
@@ -181,6 +182,8 @@ def test_a_csv_cut_short(folder, given, tmp_path, capsys):
         (("--dtype", "nn"), "'nn' is not a .*dtype"),
         (("--device", "abacus"), "abacus"),
         (("--n", "0"), "n must be at least 1|no pairs"),
+        (("--max-memory", "plenty"), "'plenty' is not an amount of memory: write 800M or 4G"),
+        (("--max-memory", "0"), "'0' is not an amount of memory"),
         (("--out", "nowhere/x.csv"), "folder nowhere does not exist"),
         (("--out", "{out}/x.txt"), r"cannot write '\.txt': use \.csv, \.parquet or \.html"),
         (("--out", "{out}/x"), "cannot write a file without an ending"),
@@ -245,6 +248,39 @@ def test_a_full_disk_is_said_in_one_line(folder, given, tmp_path, capsys, monkey
     pairs = given()
     assert run("patch", "--model", folder, "--pairs", pairs, "--out", tmp_path / "out" / "x.csv", "--quiet") == 2
     assert "No space left on device" in one_line(capsys)
+    assert left(tmp_path) == []
+
+
+def test_a_plan_is_told_before_the_run_unless_asked_to_be_quiet(folder, given, capsys):
+    assert run("patch", "--model", folder, "--pairs", given(), "--max-memory", "2K") == 0
+    assert "interp: 15 cells x" in (told := capsys.readouterr().err)
+    assert "chunks, " in told
+    assert run("patch", "--model", folder, "--pairs", given(), "--quiet") == 0
+    assert "cells" not in capsys.readouterr().err
+
+
+def test_edges_writes_what_the_library_returns(folder, given, tmp_path, capsys):
+    out, pairs = tmp_path / "out" / "edges.csv", given()
+    assert run("edges", "--model", folder, "--pairs", pairs, "--out", out, "--quiet") == 0
+    model = load_model(folder)
+    expected = edge_patching(model, PromptPairs.from_jsonl(pairs, model)).to_dataframe("effect").effect.dropna()
+    table = pd.read_csv(out).set_index(["prompt", "source", "target"]).effect
+    np.testing.assert_allclose(table.loc[expected.index].values, expected.values, rtol=1e-4, atol=1e-6)
+    assert "input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--edges", "m2->m0"), "has no edge m2->m0"),
+        (("--engine", "hooks"), 'edges are patched by engine "sweep" only'),
+        (("--out", "{out}/x.html"), r"cannot write \.html: use \.csv or \.parquet"),
+    ],
+)
+def test_edges_that_cannot_be_patched(folder, given, tmp_path, capsys, arguments, says):
+    arguments = [a.replace("{out}", str(tmp_path / "out")) for a in arguments]
+    assert run("edges", "--model", folder, "--pairs", given(), "--quiet", *arguments) == 2
+    assert re.search(says, one_line(capsys))
     assert left(tmp_path) == []
 
 
