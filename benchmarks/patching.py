@@ -32,7 +32,9 @@ import psutil
 import torch
 
 from interp import PromptPairs, activation_patching, bundled_models, edge_patching, load_model
+from interp.edges import plan_edges
 from interp.files import write_atomically
+from interp.graph import edge_mask
 from interp.model.load import quiet_libraries
 from interp.sweep import flops_per_token
 
@@ -185,6 +187,7 @@ def compare(options) -> list[dict]:
                 found = answers[name][site][tuple(cells[site].values.T)]
                 np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
         ours(model, pairs, "sweep", announce=plans.append)
+        print(f"{shared:>6} {plans[0]}")
         plain = plain_flops(model, options.width)
         took = {name: seconds(job, options.repeats) for name, job in jobs.items()}
         took["transformer_lens"] *= some
@@ -231,15 +234,20 @@ def growth(options) -> list[dict]:
 
 
 def edges(options) -> list[dict]:
-    """Every edge of a bundled model's graph."""
-    model, plans = load_model(options.model, device=options.device), []
+    """Every edge of a model's graph."""
+    with tempfile.TemporaryDirectory() as scratch, quiet_libraries():
+        model = load_model(model_folder(options.model, Path(scratch)), device=options.device)
     pairs = make_pairs(model.cfg.d_vocab, options.prompts, options.width, options.shared[0], options.device)
-    job = lambda: edge_patching(model, pairs, announce=plans.append)  # noqa: E731
+    plan = plan_edges(model, [pairs], edge_mask(model.cfg))
+    print(f"{options.model}, all edges: {plan}")
+    if options.plan:
+        return []
+    job = lambda: edge_patching(model, pairs)  # noqa: E731
     job()
     took = seconds(job, options.repeats)
-    print(f"{options.model}, all edges: {took:.3f} s; {plans[0]}")
-    return [{"model": options.model, "edges": plans[0].cells, "prompts": options.prompts, "width": options.width,
-             "shared": options.shared[0], "seconds": took, "gflop": plans[0].flops / 1e9}]  # fmt: skip
+    print(f"{took:.3f} s")
+    return [{"model": options.model, "edges": plan.cells, "prompts": options.prompts, "width": options.width,
+             "shared": options.shared[0], "seconds": took, "gflop": plan.flops / 1e9}]  # fmt: skip
 
 
 def about(options) -> dict:
@@ -267,7 +275,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-cells", type=int, help="cells of each site given to the peer (default: all)")
     parser.add_argument("--growth", action="store_true", help="cost against the formula instead of the comparison")
-    parser.add_argument("--edges", action="store_true", help="every edge of a bundled model instead of the comparison")
+    parser.add_argument("--edges", action="store_true", help="every edge of a model instead of the comparison")
+    parser.add_argument("--plan", action="store_true", help="with --edges: say what it would do, and do not do it")
     parser.add_argument("--out", type=Path, help="JSON file to write; results are added to those in it")
     options = parser.parse_args()
     if options.model not in (*bundled_models(), *SHAPES):

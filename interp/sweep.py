@@ -73,7 +73,7 @@ class SweepPlan:
             plain = pairs.clean.numel() * cfg.n_layers * sum(flops_per_token(cfg))
             flops += 2 * plain + row_flops(cfg, whole)
             naive += (2 + len(interventions)) * plain
-            peak = max(peak, *(cost[a:b].sum() for a, b in ranges))
+            peak = max([peak, *(cost[a:b].sum() for a, b in ranges)])
         return cls(len(interventions), sum(map(len, batches)), rows, chunks, flops, naive, int(peak))
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import interp.attend
-from interp import PromptPairs, activation_patching
+from interp import PromptPairs, activation_patching, load_model, load_task
 from interp.errors import OptionError, PatchError
 from interp.exact import exact_scores
 from interp.interventions import Patch
@@ -118,6 +118,20 @@ def test_noise_on_embeddings(tiny):
     interventions = [(Patch("resid_pre", layer, position=p),) for layer in range(3) for p in range(WIDTH)]
     sweep, hooks = both(model, noisy, interventions, base="corrupt")
     torch.testing.assert_close(sweep, hooks, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_further_from_float32_than_with_hooks(dtype):
+    def effects(dtype, engine):
+        model = load_model("mini-gpt2", dtype=dtype)
+        found = activation_patching(
+            model, load_task("ioi", model, n=4), ["resid_pre", "head", "mlp_out"], engine=engine
+        )
+        return torch.cat([torch.from_numpy(array.values).float().flatten() for array in found.data_vars.values()])
+
+    exact = effects(torch.float32, "hooks")
+    off = {engine: float((effects(dtype, engine) - exact).norm() / exact.norm()) for engine in ("sweep", "hooks")}
+    assert off["sweep"] < 1.5 * off["hooks"] < 0.05, off
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "gemma2", "gemma3", "pythia", "qwen3", "mistral"])
