@@ -14,6 +14,7 @@ _HOME = {
     "METRICS": "interp.metrics",
     "activation_patching": "interp.patching",
     "edge_patching": "interp.edges",
+    "attribution": "interp.node_attribution",
     "node_faithfulness": "interp.faithfulness",
     "discover": "interp.discovery",
     "Discovery": "interp.discovery",

@@ -45,8 +45,8 @@ class Behaviour:
     """Wording of the task by number; None mixes them."""
     metric: str | None = None
     """Default: the task's own."""
-    direction: Literal["denoise", "noise"] = "denoise"
-    """denoise: corrupt run, clean values patched in. noise: the reverse."""
+    direction: Literal["denoise", "noise", "both"] = "denoise"
+    """denoise: corrupt run, clean values patched in. noise: the reverse. both: the mean of denoise and minus noise."""
     device: str | None = None
     """Default: torch's default device."""
     dtype: str | None = None

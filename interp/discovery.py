@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from interp.directions import BASES, Direction
 from interp.errors import name_some, one_of
 from interp.exact import Announce
 from interp.faithfulness import ABLATIONS, node_faithfulness
@@ -25,7 +26,7 @@ from interp.metrics import METRICS, Metric, get_metric
 from interp.model.run import logits_at
 from interp.model.tokens import token_strings
 from interp.model.transformer import Transformer
-from interp.patching import DIRECTIONS, activation_patching, patch_nodes
+from interp.patching import activation_patching, patch_nodes
 from interp.sites import parse_node
 from interp.statistics import bootstrap_mean, detected
 from interp.tasks.pairs import PromptPairs
@@ -89,7 +90,7 @@ class Discovery:
 
 def discover(
     model, pairs: PromptPairs, *, level: Literal["node"] = "node", metric: str | Callable | Metric | None = None,
-    direction: Literal["denoise", "noise"] = "denoise", ablation: Literal["corrupt", "zero", "mean"] = "corrupt",
+    direction: Direction = "denoise", ablation: Literal["corrupt", "zero", "mean"] = "corrupt",
     engine: Literal["sweep", "hooks"] = "sweep", top_heads: int = 4, max_memory: int | None = None,
     batch_size: int | None = None, seed: int = 0, announce: Announce = None, progress: bool = False,
 ) -> Discovery:  # fmt: skip
@@ -100,7 +101,7 @@ def discover(
     max_memory, announce: see `activation_patching`.
     """
     one_of(level, ("node",), "level")
-    one_of(direction, DIRECTIONS, "direction")
+    one_of(direction, BASES, "direction")
     one_of(ablation, ABLATIONS, "ablation")
     metric = get_metric(pairs.metric if metric is None else metric)
     runs = {

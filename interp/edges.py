@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interp.directions import BASES, Direction, metric_attrs, warn_small_gap
 from interp.errors import OptionError, one_of
 from interp.exact import SIDES, Announce, Reader
 from interp.graph import edge_mask, readers, select_edges, writers
@@ -28,7 +29,6 @@ from interp.interventions import Values
 from interp.metrics import Metric, get_metric
 from interp.model import ops
 from interp.model.transformer import Transformer
-from interp.patching import DIRECTIONS, metric_attrs, warn_small_gap
 from interp.provenance import provenance
 from interp.rows import ALL, N_STAGES, STAGE, Entries, Plan
 from interp.rules import GRADIENT
@@ -51,7 +51,7 @@ from interp.walk import Walk
 
 def edge_patching(
     model: Transformer, pairs: PromptPairs, *, edges: str | Sequence[str] | None = None,
-    metric: str | Callable | Metric = "logit_diff", direction: Literal["denoise", "noise"] = "denoise",
+    metric: str | Callable | Metric = "logit_diff", direction: Direction = "denoise",
     normalize: bool = False, max_memory: int | None = None, batch_size: int | None = None, announce: Announce = None,
     progress: bool = False,
 ) -> xr.DataArray:  # fmt: skip
@@ -63,8 +63,14 @@ def edge_patching(
         and values are edges of each query head, also where heads share them.
     Other options, units and signs: see `interp.activation_patching`. Needs a model from `load_model` without hooks.
     """
-    one_of(direction, DIRECTIONS, "direction")
+    one_of(direction, BASES, "direction")
     check_sweepable(model)
+    if len(BASES[direction]) > 1:
+        options = {"edges": edges, "metric": metric, "normalize": normalize, "max_memory": max_memory,
+                   "batch_size": batch_size, "announce": announce, "progress": progress}  # fmt: skip
+        there, back = (edge_patching(model, pairs, direction=one, **options) for one in ("denoise", "noise"))
+        attrs = {"direction": direction, **metric_attrs([get_metric(metric)], direction, normalize)}
+        return ((there - back) / 2).assign_attrs({**there.attrs, **attrs})
     metric, cfg = get_metric(metric), model.cfg
     chosen = edge_mask(cfg) if edges is None else select_edges(cfg, [edges] if isinstance(edges, str) else edges)
     if not chosen.any():
@@ -73,7 +79,7 @@ def edge_patching(
     if announce is not None:
         announce(plan_edges(model, batches, chosen, max_memory=max_memory))
     values = np.full((len(pairs), *chosen.shape), np.nan, dtype=np.float32)
-    base, first, unpatched = DIRECTIONS[direction], 0, []
+    (base,), first, unpatched = BASES[direction], 0, []
     with tqdm(
         total=len(batches) * int(chosen.sum()), desc="edges", unit="edge", disable=not progress, leave=False
     ) as bar:

@@ -32,6 +32,10 @@ class PatchError(InterpError, RuntimeError):
     """A patch that did not do what a patch must do: a hook that never fired, or a self-patch that changed the result."""
 
 
+class RulesError(InterpError, ValueError):
+    """A rule set that is unknown, or that cannot be followed by this model or in this call."""
+
+
 class OptionError(InterpError, ValueError):
     """An option whose value is not one of those allowed."""
 

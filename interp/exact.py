@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interp.directions import BASES, SIDES, Direction
 from interp.errors import one_of
 from interp.interventions import Intervention, PatchedRuns, mean_values
 from interp.metrics import Metric
@@ -23,10 +24,18 @@ from interp.sweep import SweepPlan, SweepRuns, check_sweepable
 from interp.tasks.pairs import PromptPairs
 from interp_kernels import answer_logits
 
-SIDES = ("clean", "corrupt")
 ENGINES = ("sweep", "hooks")
 _LOGITS = 1 << 24  # logits held at a time
 Announce = Callable[[SweepPlan], None] | None
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What interventions change, and the metric of the two unpatched runs; on the CPU in the metric's dtype."""
+
+    effects: Float[Tensor, "metric prompt intervention"]
+    clean: Float[Tensor, "metric prompt"]
+    corrupt: Float[Tensor, "metric prompt"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,15 @@ class Reader:
             eps=norm.eps, offset=offset,
         )  # fmt: skip
         return metric.check(values, self.numbers[prompts])
+
+
+def exact_effects(
+    model, pairs: PromptPairs, interventions: Sequence[Intervention], *, direction: Direction, **options
+) -> Effects:
+    """What every intervention changes in this direction (`interp.directions`); options are `exact_scores`'."""
+    runs = [exact_scores(model, pairs, interventions, base=base, **options) for base in BASES[direction]]
+    effects = runs[0].effects if len(runs) == 1 else (runs[0].effects - runs[1].effects) / 2
+    return Effects(effects, runs[0].clean, runs[0].corrupt)
 
 
 def exact_scores(

@@ -6,12 +6,12 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
+from interp.directions import metric_attrs
 from interp.errors import OptionError, SiteError, one_of
 from interp.exact import Announce, exact_scores
 from interp.interventions import Patch
 from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
-from interp.patching import metric_attrs
 from interp.provenance import provenance
 from interp.sites import component_nodes, parse_node
 from interp.statistics import bootstrap_ratio

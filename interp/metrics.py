@@ -14,7 +14,7 @@ A plain callable is a metric too: `f(logits)` or `f(logits, pairs)`, returning [
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp import secants
 from interp.errors import MetricError, name_some, one_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ Values = Float[Tensor, " prompt"]
 class Metric:
     """A named metric: `compute(logits, pairs, clean_logits)`; `needs` lists "wrong_answers" and/or "clean_logits".
 
+    slope: of a metric that is not linear, its multipliers [prompt, d_vocab] between two runs' logits, which carry the
+        metric's difference exactly: sum of slope(a, b) * (a - b) = metric(a) - metric(b).
     linear: it is a weighted sum of the logits of the answers' and wrong answers' tokens. It may then be handed those
     columns only, with the pairs' answers counted among them, or be read along one direction of the residual stream.
     """
@@ -45,6 +48,7 @@ class Metric:
     describe: str = ""
     needs: tuple[str, ...] = ()
     linear: bool = False
+    slope: Callable[[Logits, Logits, "PromptPairs", Logits | None], Logits] | None = None
 
     def __call__(
         self, logits: Logits, pairs: "PromptPairs", clean_logits: Logits | None = None,
@@ -80,6 +84,30 @@ class Metric:
             )
             return torch.autograd.grad(self.compute(logits, pairs, None).sum(), logits)[0]
 
+    def multipliers(
+        self, logits: Logits, pairs: "PromptPairs", clean_logits: Logits | None = None, other: Logits | None = None
+    ) -> Logits:
+        """What a backward pass starts with at the logits: the metric's gradient, or its slope towards another run's logits.
+
+        `MetricError` if the metric has no gradient there, or no slope between runs.
+        """
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits, clean_logits = logits.to(wide), None if clean_logits is None else clean_logits.to(wide)
+        if other is not None and not self.linear:
+            if self.slope is None:
+                raise MetricError(f"metric {self.name} has no secant between two runs; use logit_diff or one-run rules")
+            return self.slope(logits, other.to(wide), pairs, clean_logits)
+        if "clean_logits" in self.needs and other is None and torch.equal(logits, clean_logits):
+            raise MetricError(
+                f"the gradient of {self.name} is zero in the clean run: take it at the corrupt run, or use secant rules"
+            )
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            values = self(logits, pairs, clean_logits)
+            if not values.requires_grad:
+                raise MetricError(f"metric {self.name} has no gradient; use logit_diff or patch exactly")
+            return torch.autograd.grad(values.sum(), logits)[0]
+
 
 def _mean_logit(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Values:
     present = tokens >= 0
@@ -104,6 +132,35 @@ def _kl_divergence(logits, pairs, clean):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def _among(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Logits:
+    """1 at the tokens, 0 elsewhere; -1 is no token."""
+    chosen = torch.zeros(len(logits), logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
+    return chosen.scatter(1, tokens.masked_fill(tokens < 0, logits.shape[1]), 1)[:, :-1]
+
+
+def _log_sum_slope(a: Logits, b: Logits, among: Logits | float = 1.0) -> Logits:
+    """Slope of log(sum of exp) over some of the logits: that of log between the two sums, times that of exp."""
+    log_a, log_b = ((x + torch.as_tensor(among, dtype=x.dtype).log()).logsumexp(-1, keepdim=True) for x in (a, b))
+    return secants.log_slope(log_a, log_b) * secants.exp_slope(a, b) * among
+
+
+def _log_probability_slope(a, b, pairs, clean):
+    return _log_sum_slope(a, b, _among(a, pairs.answers)) - _log_sum_slope(a, b)
+
+
+def _mass_slope(a: Logits, b: Logits, tokens: Int[Tensor, "prompt answer"]) -> Logits:
+    """Slope of the tokens' probability, as their exp's sum times 1 / Z."""
+    a, b = (x - torch.maximum(a, b).amax(-1, keepdim=True) for x in (a, b))
+    among, e = _among(a, tokens), secants.exp_slope(a, b)
+    z_a, z_b = a.exp().sum(-1, keepdim=True), b.exp().sum(-1, keepdim=True)
+    mass = ((a.exp() + b.exp()) * among).sum(-1, keepdim=True) / 2
+    return e * (among * (1 / z_a + 1 / z_b) / 2 - mass / (z_a * z_b))
+
+
+def _kl_slope(a, b, pairs, clean):
+    return _log_sum_slope(a, b) - clean.to(a.dtype).softmax(-1)
+
+
 def _accuracy(logits, pairs, clean):
     right = (logits.argmax(-1, keepdim=True) == pairs.answers).any(1).to(logits.dtype)
     return right.masked_fill(logits.isnan().any(-1), torch.nan)
@@ -114,12 +171,29 @@ METRICS: dict[str, Metric] = {
     for m in (
         Metric("logit_diff", "logits", _logit_diff, "answer minus wrong answer", ("wrong_answers",), linear=True),
         Metric("answer_logit", "logits", lambda x, p, _: _mean_logit(x, p.answers), "logit of the answer", linear=True),
-        Metric("log_probability", "nats", lambda x, p, _: _log_mass(x, p.answers), "log-probability of the answer"),
         Metric(
-            "probability", "probability", lambda x, p, _: _log_mass(x, p.answers).exp(), "probability of the answer"
+            "log_probability",
+            "nats",
+            lambda x, p, _: _log_mass(x, p.answers),
+            "log-probability of the answer",
+            slope=_log_probability_slope,
         ),
-        Metric("probability_diff", "probability", _probability_diff, "answers minus wrong answers", ("wrong_answers",)),
-        Metric("kl_divergence", "nats", _kl_divergence, "KL(clean || this run)", ("clean_logits",)),
+        Metric(
+            "probability",
+            "probability",
+            lambda x, p, _: _log_mass(x, p.answers).exp(),
+            "probability of the answer",
+            slope=lambda a, b, p, _: _mass_slope(a, b, p.answers),
+        ),
+        Metric(
+            "probability_diff",
+            "probability",
+            _probability_diff,
+            "answers minus wrong answers",
+            ("wrong_answers",),
+            slope=lambda a, b, p, _: _mass_slope(a, b, p.answers) - _mass_slope(a, b, p.wrong_answers),
+        ),
+        Metric("kl_divergence", "nats", _kl_divergence, "KL(clean || this run)", ("clean_logits",), slope=_kl_slope),
         Metric("accuracy", "share", _accuracy, "most likely token is an answer"),
     )
 }
@@ -136,3 +210,12 @@ def get_metric(metric: str | Callable | Metric) -> Metric:
     takes_pairs = len(inspect.signature(metric).parameters) > 1
     name = getattr(metric, "__name__", type(metric).__name__)
     return Metric(name, "", lambda x, p, _: metric(x, p) if takes_pairs else metric(x), (metric.__doc__ or "").strip())
+
+
+def get_metrics(metric: str | Callable | Metric | Sequence[str | Callable | Metric]) -> tuple[list[Metric], bool]:
+    """One metric or several as a list, and whether several were asked for (even if it is a list of one)."""
+    several = not isinstance(metric, str | Metric) and isinstance(metric, Sequence)
+    metrics = [get_metric(m) for m in (metric if several else [metric])]
+    if not metrics:
+        raise MetricError("no metric to read")
+    return metrics, several

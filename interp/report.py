@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from interp import plots
 from interp.files import write_atomically
-from interp.patching import visible
+from interp.grids import visible
 
 if TYPE_CHECKING:
     from interp.discovery import Discovery
@@ -40,6 +40,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; } dt 
 _DIRECTIONS = {
     "denoise": "the corrupt prompt is run and clean values are patched in: does this place suffice to bring the answer back?",
     "noise": "the clean prompt is run and corrupt values are patched in: is this place needed for the answer?",
+    "both": "the mean of bringing the clean value into the corrupt run and of losing it from the clean run.",
 }
 _SITES = {
     "resid_pre": "Residual stream before each layer",

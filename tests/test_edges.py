@@ -21,7 +21,7 @@ from interp import PromptPairs, Transformer, activation_patching, corrupt, edge_
 from interp.edges import EdgeRuns
 from interp.errors import MetricError, OptionError, PatchError, SiteError
 from interp.graph import edge_mask, readers, select_edges, writers
-from interp.model import ops
+from interp.model.activations import ACTIVATIONS
 from interp.rules import GRADIENT
 from interp.sweep import SweepPlan, row_bytes
 from interp.walk import Walk
@@ -127,7 +127,7 @@ class ByHand:
 
     def mlp(self, layer: int, stream: torch.Tensor) -> torch.Tensor:
         """What an MLP adds to the residual stream when it reads this one."""
-        part, activation = self.model.blocks[layer], ops.ACTIVATIONS[self.cfg.activation]
+        part, activation = self.model.blocks[layer], ACTIVATIONS[self.cfg.activation]
         norm = part.ln1 if self.cfg.shared_norm else part.ln2 if self.cfg.pre_norm else None
         y = stream if norm is None else norm(stream)
 
@@ -690,7 +690,7 @@ def test_a_bridge_is_refused(tiny_folder):
     [
         ({"edges": ["m0->a9.h0<q>"]}, SiteError, "no edge m0->a9.h0<q>: write a0.h1->m2"),
         ({"edges": ["m0->m1", "m1->m0"]}, SiteError, "no edge m1->m0: .*from an earlier component to a later one"),
-        ({"direction": "both"}, OptionError, r"'both' is not a direction \(choose from denoise, noise\)"),
+        ({"direction": "up"}, OptionError, r"'up' is not a direction \(choose from denoise, noise, both\)"),
         ({"max_memory": 0}, OptionError, "max_memory is a number of bytes, at least 1, not 0"),
         ({"max_memory": 0, "announce": lambda plan: None}, OptionError, "max_memory is a number of bytes"),
         ({"batch_size": 0}, OptionError, "a batch needs at least 1 prompt, not 0"),

@@ -9,9 +9,10 @@ import xarray as xr
 
 from interp import Transformer, activation_patching, corrupt
 from interp.errors import MetricError, OptionError, PatchError, SiteError, TaskError
+from interp.grids import position_labels, visible
 from interp.interventions import Patch, PatchedRuns
 from interp.metrics import METRICS, Metric
-from interp.patching import patch_nodes, position_labels, visible
+from interp.patching import patch_nodes
 from tests.small_pairs import NEURONS, refused, sites_of, small_pairs
 
 # learned positions; GQA with scaled rotary; post-norms, soft-caps and windows; post-norm only; parallel

@@ -25,14 +25,18 @@ SCRIPTS = sorted((ROOT / "data").glob("*.py"))
 # to be given a place here.
 LAYERS = [
     {"interp"},  # names only; it imports nothing until asked
-    {"interp.errors", "interp.rules", "interp.statistics", "interp.tasks", "interp.model"},
-    {"interp.files", "interp.metrics", "interp.model.config", "interp.tasks.examples", "interp.tasks.words"},
+    {"interp.errors", "interp.secants", "interp.statistics", "interp.tasks", "interp.model"},
+    {"interp.files", "interp.metrics", "interp.backward", "interp.model.config", "interp.model.activations",
+     "interp.tasks.examples", "interp.tasks.words"},
+    {"interp.rules", "interp.model.nonlinearities"},
     {"interp.sites", "interp.model.ops", "interp.model.tokens", "interp.tasks.files"},
     {f"interp.tasks.{task}" for task in (
         "capitals", "docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "subject_verb",
     )} | {"interp.tasks.pairs", "interp.model.transformer", "interp.model.read"},
     {"interp.tasks.corrupt", "interp.model.run", "interp.model.load"},
-    {"interp.tasks.named", "interp.provenance", "interp.interventions", "interp.graph"},
+    {"interp.tasks.named", "interp.provenance", "interp.interventions", "interp.graph", "interp.directions"},
+    {"interp.grids"},
+    {"interp.node_attribution"},
     {"interp.rows"},
     {"interp.attend"},
     {"interp.walk"},

@@ -5,48 +5,14 @@ A suffix on a name says what it holds: `q_bthe` is [batch, position, head, d_hea
 """
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.model.config import Rotary
-from interp.rules import Rules
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    # (1 + tanh u) / 2 = sigmoid(2u), which is twice as fast on a CPU as the tanh of F.gelu and keeps more digits in the tail
-    twice = math.sqrt(8 / math.pi)
-    slope = torch.addcmul(torch.full((), twice, dtype=x.dtype, device=x.device), x, x, value=0.044715 * twice)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return x * torch.sigmoid(x * slope)
-    return slope.mul_(x).sigmoid_().mul_(x)  # the same, without three more tensors
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-# Names as configuration files spell them. Several spellings of tanh-GELU differ only in how it is computed.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-    "relu": F.relu,
-    "relu2": _relu_squared,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
+from interp.rules import GRADIENT, Rules
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -78,6 +44,7 @@ def rotate(
     cos: Float[Tensor, "position rotated"],
     sin: Float[Tensor, "position rotated"],
     pairs: str,
+    rules: Rules = GRADIENT,
 ) -> Float[Tensor, "batch position head d_head"]:
     """Rotary position embedding (Su et al. 2104.09864) of the first channels of every head; linear in x."""
     n_rotated = cos.shape[-1]
@@ -88,7 +55,7 @@ def rotate(
     else:
         first, second = turned[..., 0::2], turned[..., 1::2]
         quarter_turn = torch.stack([-second, first], -1).flatten(-2)
-    turned = turned * cos[:, None, :] + quarter_turn * sin[:, None, :]
+    turned = rules.rotate(turned * cos[:, None, :] + quarter_turn * sin[:, None, :])
     return torch.cat([turned, passed], -1) if passed.shape[-1] else turned
 
 

@@ -13,8 +13,9 @@ from einops import rearrange
 from torch import Tensor
 
 from interp.errors import UnsupportedModel
+from interp.model.activations import ACTIVATIONS
 from interp.model.config import ModelConfig, Rotary
-from interp.model.ops import ACTIVATIONS, default_attn_scale
+from interp.model.ops import default_attn_scale
 
 # Model types (as configuration files name them) whose layout and conventions this file knows.
 FAMILIES = (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp.model.config import ModelConfig
 from interp.model.transformer import Transformer
+from interp.rules import Rules
 
 Hooks = list[tuple[str, Any]]
 
@@ -45,15 +46,23 @@ def dtype_of(model) -> torch.dtype:
     return model.W_E.dtype
 
 
+def run_at(
+    model, tokens: Int[Tensor, "prompt position"], read_at: Int[Tensor, " prompt"], hooks: Hooks = (),
+    *, rules: Rules | None = None,
+) -> Float[Tensor, "prompt d_vocab"]:  # fmt: skip
+    """Logits at one position of every prompt, with forward hooks in place for this run only; with a graph if one is asked for."""
+    if isinstance(model, Transformer):
+        return model.run_with_hooks(tokens, rules=rules, read_at=read_at, fwd_hooks=list(hooks))
+    logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks))
+    return logits[torch.arange(len(tokens), device=logits.device), read_at]
+
+
 @torch.no_grad()
 def logits_at(
     model, tokens: Int[Tensor, "prompt position"], read_at: Int[Tensor, " prompt"], hooks: Hooks = ()
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Logits at one position of every prompt, with forward hooks in place for this run only."""
-    if isinstance(model, Transformer):
-        return model.run_with_hooks(tokens, read_at=read_at, fwd_hooks=list(hooks))
-    logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks))
-    return logits[torch.arange(len(tokens), device=logits.device), read_at]
+    """The same without a graph."""
+    return run_at(model, tokens, read_at, hooks)
 
 
 @torch.no_grad()

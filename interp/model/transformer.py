@@ -27,7 +27,9 @@ from transformer_lens.hook_points import HookPoint
 
 from interp.errors import TaskError
 from interp.model import ops, tokens
+from interp.model.activations import ACTIVATIONS
 from interp.model.config import ModelConfig, Rotary
+from interp.model.nonlinearities import Nonlinearity, nonlinearities
 from interp.rules import GRADIENT, Rules
 
 
@@ -47,9 +49,10 @@ def _take(weights: Mapping[str, Tensor], name: str) -> nn.Parameter | None:
 class Norm(nn.Module):
     """LayerNorm or RMSNorm; statistics in float32 at least. `hook_normalized` is before weight and bias, as in TL."""
 
-    def __init__(self, cfg: ModelConfig, weights: Mapping[str, Tensor], prefix: str):
+    def __init__(self, cfg: ModelConfig, weights: Mapping[str, Tensor], prefix: str, place: str = "norm"):
         super().__init__()
         self.centred, self.eps, self.offset = cfg.norm == "layer", cfg.eps, cfg.norm_offset
+        self.place = place  # the method of `Rules` that decides: norms on queries and keys may have a rule of their own
         self.w, self.b = _take(weights, f"{prefix}.w"), _take(weights, f"{prefix}.b")
         self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
 
@@ -58,7 +61,7 @@ class Norm(nn.Module):
         if self.centred:
             wide = wide - wide.mean(-1, keepdim=True)
         scale = self.hook_scale(ops.norm_scale(wide, self.eps))
-        y = self.hook_normalized(rules.norm(wide, scale))
+        y = self.hook_normalized(getattr(rules, self.place)(wide, scale))
         if self.w is not None:
             y = y * (1 + self.w if self.offset else self.w)
         if self.b is not None:
@@ -82,8 +85,8 @@ class Attention(nn.Module):
         self.scale, self.window, self.rotary = cfg.attn_scale[layer], cfg.windows[layer], cfg.rotary[layer]
         for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"):
             setattr(self, name, _take(weights, f"{prefix}.{name}"))
-        self.q_norm = Norm(cfg, weights, f"{prefix}.q_norm") if cfg.qk_norm else None
-        self.k_norm = Norm(cfg, weights, f"{prefix}.k_norm") if cfg.qk_norm else None
+        self.q_norm = Norm(cfg, weights, f"{prefix}.q_norm", "qk_norm") if cfg.qk_norm else None
+        self.k_norm = Norm(cfg, weights, f"{prefix}.k_norm", "qk_norm") if cfg.qk_norm else None
         self.hook_q, self.hook_k, self.hook_v, self.hook_z = HookPoint(), HookPoint(), HookPoint(), HookPoint()
         if self.rotary is not None:
             self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
@@ -112,7 +115,7 @@ class Attention(nn.Module):
             x_bthe = (
                 norm(x_bthe, rules) if per_head else norm(x_bthe.flatten(-2), rules).unflatten(-1, x_bthe.shape[-2:])
             )
-        return x_bthe if rotation is None else ops.rotate(x_bthe, *rotation, self.rotary.pairs)
+        return x_bthe if rotation is None else ops.rotate(x_bthe, *rotation, self.rotary.pairs, rules)
 
     def output(self, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... d_model"]:
         """What the heads write together: sum over heads of z W_O, plus b_O."""
@@ -141,7 +144,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig, weights: Mapping[str, Tensor], layer: int):
         super().__init__()
-        self.activation = ops.ACTIVATIONS[cfg.activation]
+        self.activation = ACTIVATIONS[cfg.activation]
         for name in ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out"):
             setattr(self, name, _take(weights, f"blocks.{layer}.mlp.{name}"))
         self.hook_pre, self.hook_post = HookPoint(), HookPoint()
@@ -269,6 +272,10 @@ class Transformer(HookedRootModule):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.unembed.W_U
+
+    def nonlinearities(self) -> list[Nonlinearity]:
+        """Every place whose backward step a rule set may decide; see `Rules.coverage`."""
+        return nonlinearities(self.cfg)
 
     def places(self, n_positions: int) -> Places:
         """Masks and rotations for positions 0..n_positions-1, on the model's device and in its dtype."""

@@ -1,0 +1,186 @@
+"""The backward steps that autograd does not know: each returns the ordinary value, bit for bit, and its own slope.
+
+Names: g is the score that arrives at the output, `other` the same tensor in the other of two runs. Ratios and slopes are
+formed in float32 at least and returned in the dtype of what they flow into.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from interp import secants
+
+Values = Float[Tensor, "..."]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _to_shape_of(x: Tensor, gradient: Tensor) -> Tensor:
+    """Summed over the axes along which x was broadcast, in its dtype."""
+    return gradient.sum_to_size(x.shape).to(x.dtype)
+
+
+class _Half(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g / 2
+
+
+class _Elementwise(Function):
+    """y = f(x); the slope is a function of x, and of its other value if there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable, slope: Callable, *other: Tensor) -> Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(x, *other)
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):
+        slope = ctx.slope(*(_wide(x) for x in ctx.saved_tensors))
+        return (g * slope).to(g.dtype), None, None, *(None for _ in ctx.saved_tensors[1:])
+
+
+class _SecantNorm(Function):
+    """x / scale with scale = sqrt(mean(x^2) + eps), as the product of x and r = 1 / scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, other: Tensor, other_scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, other, other_scale)
+        return x / scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):
+        x, scale, other, other_scale = ctx.saved_tensors
+        middle, r_middle = (x + other) / 2, (1 / scale + 1 / other_scale) / 2
+        through_scale = secants.mean_square_slope(scale, other_scale) * (2 / x.shape[-1])
+        along = (g * middle).sum(-1, keepdim=True)
+        return torch.addcmul(g * r_middle, middle, through_scale * along), None, None, None
+
+
+class _SecantProduct(Function):
+    """a * b: the midpoint of each factor is the other's slope (the Shapley split of a product)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, other_a, other_b)
+        return a * b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):
+        a, b, other_a, other_b = ctx.saved_tensors
+        g = g / 2
+        return g * (b + other_b), g * (a + other_a), None, None
+
+
+class _SecantMatmul(Function):
+    """a @ b, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, other_a, other_b)
+        return a @ b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):
+        a, b, other_a, other_b = ctx.saved_tensors
+        g = g / 2
+        to_a = g @ (b + other_b).transpose(-1, -2) if ctx.needs_input_grad[0] else None
+        to_b = (a + other_a).transpose(-1, -2) @ g if ctx.needs_input_grad[1] else None
+        return (
+            None if to_a is None else _to_shape_of(a, to_a),
+            None if to_b is None else _to_shape_of(b, to_b),
+            None,
+            None,
+        )
+
+
+class _SecantSoftmax(Function):
+    """softmax(x) as exp(x - c) times 1/Z, with one shift c for both runs; what is masked is -inf in both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(x, other)
+        return x.softmax(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):
+        x, other = ctx.saved_tensors
+        highest = torch.maximum(x, other)
+        shift = highest.amax(-1, keepdim=True)
+        e, other_e = (x - shift).exp(), (other - shift).exp()
+        z, other_z = e.sum(-1, keepdim=True), other_e.sum(-1, keepdim=True)
+        # -inf - -inf is no number; there exp's slope is 0 whatever the difference
+        slope = (highest - shift).exp() * secants.decay((x - other).abs().nan_to_num(0.0))
+        u_middle = (1 / z + 1 / other_z) / 2
+        shared = (g * (e + other_e)).sum(-1, keepdim=True) / (2 * z * other_z)
+        return slope * (u_middle * g - shared), None
+
+
+class _WarmSoftmax(Function):
+    """softmax(x), with the backward step of softmax(x / temperature) and no factor of 1 / temperature (GIM)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, temperature: float) -> Tensor:
+        ctx.temperature = temperature
+        ctx.save_for_backward(x)
+        return x.softmax(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):
+        p = (ctx.saved_tensors[0] / ctx.temperature).softmax(-1)
+        return p * (g - (p * g).sum(-1, keepdim=True)), None
+
+
+def half(x: Values) -> Values:
+    """x; half of what arrives flows on."""
+    return _Half.apply(x)
+
+
+def elementwise(x: Values, function: Callable[..., Values], slope: Callable[..., Values], *other: Values) -> Values:
+    """function(x); g * slope(x) flows on, or g * slope(x, other) if there is another run."""
+    return _Elementwise.apply(x, function, slope, *other)
+
+
+def secant_norm(
+    x: Float[Tensor, "... d"], scale: Float[Tensor, "... 1"], other: Float[Tensor, "... d"], other_scale: Float[Tensor, "... 1"]
+) -> Float[Tensor, "... d"]:  # fmt: skip
+    """x / scale, where scale is the root mean square of x; all of the slope flows into x and none into `scale`."""
+    return _SecantNorm.apply(x, scale.detach(), other, other_scale)
+
+
+def secant_product(a: Values, b: Values, other_a: Values, other_b: Values) -> Values:
+    """a * b, of equal shapes."""
+    return _SecantProduct.apply(a, b, other_a, other_b)
+
+
+def secant_matmul(a: Values, b: Values, other_a: Values, other_b: Values) -> Values:
+    """a @ b; leading axes broadcast."""
+    return _SecantMatmul.apply(a, b, other_a, other_b)
+
+
+def secant_softmax(x: Float[Tensor, "... key"], other: Float[Tensor, "... key"]) -> Float[Tensor, "... key"]:
+    """softmax over the last axis."""
+    return _SecantSoftmax.apply(x, other)
+
+
+def warm_softmax(x: Float[Tensor, "... key"], temperature: float) -> Float[Tensor, "... key"]:
+    """softmax over the last axis, backwards as if it had been warmer."""
+    return _WarmSoftmax.apply(x, temperature)
