@@ -54,7 +54,11 @@ class _Elementwise(Function):
 
 
 class _SecantNorm(Function):
-    """x / scale with scale = sqrt(mean(x^2) + eps), as the product of x and r = 1 / scale."""
+    """y = x / scale with scale = sqrt(mean(x^2) + eps).
+
+    From x = y scale: dx = scale_mid dy + y_mid dscale, and dscale = x_mid . dx / (d scale_mid). Splitting x / scale into x
+    times 1 / scale would be as exact, but where the two scales differ much its two terms are large and cancel.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, other: Tensor, other_scale: Tensor) -> Tensor:
@@ -65,10 +69,9 @@ class _SecantNorm(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor):
         x, scale, other, other_scale = ctx.saved_tensors
-        middle, r_middle = (x + other) / 2, (1 / scale + 1 / other_scale) / 2
-        through_scale = secants.mean_square_slope(scale, other_scale) * (2 / x.shape[-1])
-        along = (g * middle).sum(-1, keepdim=True)
-        return torch.addcmul(g * r_middle, middle, through_scale * along), None, None, None
+        y_twice, scale_twice = x / scale + other / other_scale, scale + other_scale
+        along = (g * y_twice).sum(-1, keepdim=True) / (x.shape[-1] * scale_twice)
+        return (2 * g - (x + other) * along) / scale_twice, None, None, None
 
 
 class _SecantProduct(Function):
@@ -111,7 +114,11 @@ class _SecantMatmul(Function):
 
 
 class _SecantSoftmax(Function):
-    """softmax(x) as exp(x - c) times 1/Z, with one shift c for both runs; what is masked is -inf in both."""
+    """p = softmax(x), from dp = L (dx - dlogZ) with L = dp / dlog p, the logarithmic mean of both runs' p.
+
+    As the p sum to 1 in both runs, dlogZ = sum(L dx) / sum(L): softmax's own Jacobian with L in the place of p. What is
+    masked is -inf in both runs and has L = 0.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
@@ -121,16 +128,11 @@ class _SecantSoftmax(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor):
-        x, other = ctx.saved_tensors
-        highest = torch.maximum(x, other)
-        shift = highest.amax(-1, keepdim=True)
-        e, other_e = (x - shift).exp(), (other - shift).exp()
-        z, other_z = e.sum(-1, keepdim=True), other_e.sum(-1, keepdim=True)
-        # -inf - -inf is no number; there exp's slope is 0 whatever the difference
-        slope = (highest - shift).exp() * secants.decay((x - other).abs().nan_to_num(0.0))
-        u_middle = (1 / z + 1 / other_z) / 2
-        shared = (g * (e + other_e)).sum(-1, keepdim=True) / (2 * z * other_z)
-        return slope * (u_middle * g - shared), None
+        log_p, other_log_p = (x.log_softmax(-1) for x in ctx.saved_tensors)
+        difference = (log_p - other_log_p).abs().nan_to_num(0.0)  # -inf - -inf is no number
+        mean = torch.maximum(log_p, other_log_p).exp() * secants.decay(difference)
+        along = (mean * g).sum(-1, keepdim=True) / mean.sum(-1, keepdim=True)
+        return mean * (g - along), None
 
 
 class _WarmSoftmax(Function):

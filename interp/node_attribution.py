@@ -12,24 +12,23 @@ forward passes and one backward pass serve all sites. Scores are laid out as `ac
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.directions import BASES, SIDES, Direction, Side, metric_attrs, other_side, warn_small_gap
-from interp.errors import PatchError, RulesError, SiteError, one_of
-from interp.grids import Grid, Positions, lay_out, make_grid
-from interp.metrics import Metric, get_metrics
-from interp.model.run import Hooks, config_of, run_at
-from interp.provenance import provenance
+from interp.directions import BASES, SIDES, Direction, Side, other_side
+from interp.errors import PatchError, RulesError, one_of
+from interp.grids import Positions
+from interp.metrics import Metric
+from interp.model.run import Hooks, run_at
 from interp.rules import Rules, get_rules
-from interp.sites import Node, Site
+from interp.sheet import AnyMetric, ScoreSheet, contract
+from interp.sites import Site
 from interp.tasks.pairs import PromptPairs
 
 GRADIENT_POINTS = ("base", "source", "both")
@@ -37,7 +36,7 @@ GRADIENT_POINTS = ("base", "source", "both")
 
 def attribution(
     model, pairs: PromptPairs, sites: str | Sequence[str], *, rules: str | Rules = "gradient",
-    metric: str | Callable | Metric | Sequence[str | Callable | Metric] = "logit_diff",
+    metric: AnyMetric = "logit_diff",
     direction: Direction = "denoise", at: Literal["base", "source", "both"] = "base", positions: Positions = "each",
     neurons: Sequence[str] | None = None, normalize: bool = False, batch_size: int | None = None,
 ) -> xr.DataArray | xr.Dataset:  # fmt: skip
@@ -55,57 +54,49 @@ def attribution(
     Raises `RulesError` where the rules cannot be followed in this model or with this metric. Takes a TransformerBridge with
     the plain gradient.
     """
-    one_of(direction, BASES, "direction")
     one_of(at, GRADIENT_POINTS, "gradient point")
-    rules, (metrics, several), cfg = get_rules(rules), get_metrics(metric), config_of(model)
-    names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
-    if not names:
-        raise SiteError("no sites to score")
+    rules = get_rules(rules)
     rules.check(model)
-    every = neurons or [str(Node("neuron", layer, n)) for layer in range(cfg.n_layers) for n in range(cfg.d_mlp)]
-    grids = [make_grid(name, pairs, cfg, positions, every if name == "neuron" else None) for name in names]
-    if (zero := [name for name in names if not rules.reaches(name)]) and zero == names:
+    sheet = ScoreSheet(
+        model,
+        pairs,
+        sites,
+        metric=metric,
+        direction=direction,
+        positions=positions,
+        neurons=neurons,
+        normalize=normalize,
+    )
+    zero = refuse_unreached(rules, sheet.names)
+    points, sign = gradient_points(rules, direction, at), -1 if direction == "noise" else 1
+    for chunk in pairs.chunks(batch_size):
+        passes = [backward_scores(model, chunk, sheet.hooks, sheet.metrics, rules=rules, side=side) for side in points]
+        scores = [{name: value * sign for name, value in found.scores.items()} for found in passes]
+        sheet.add_at_hooks(scores, chunk, passes[0].unpatched)
+    where = "between base and source" if rules.symmetric else "both" if len(points) > 1 else at
+    return sheet.result(
+        "attribution", rules=rules.name, switches=str(rules.settings()), gradient_at=where,
+        **({"zero_by_construction": ", ".join(zero)} if zero else {}),
+    )  # fmt: skip
+
+
+def refuse_unreached(rules: Rules, sites: Sequence[str]) -> list[str]:
+    """The sites whose scores these rules make 0, with a warning; `RulesError` if that is all of them."""
+    zero = [name for name in sites if not rules.reaches(name)]
+    if zero and zero == list(sites):
         raise RulesError(f"rules {rules.name!r} freeze the attention pattern, so no score reaches {', '.join(zero)}")
     if zero:
         warnings.warn(
             f"rules {rules.name!r} freeze the attention pattern: scores of {', '.join(zero)} are 0 by construction",
-            stacklevel=2,
+            stacklevel=3,
         )
-    points = gradient_points(rules, direction, at)
-    where = {grid.site.hook(layer): grid.site for grid in grids for layer in range(cfg.n_layers)}
-    parts: list[list[Tensor]] = [[] for _ in grids]
-    unpatched: dict[Side, list[Tensor]] = {side: [] for side in SIDES}
-    for chunk in pairs.chunks(batch_size):
-        passes = [backward_scores(model, chunk, where, metrics, rules=rules, side=side) for side in points]
-        for part, grid in zip(parts, grids, strict=True):
-            part.append(sum(grid_scores(grid, found.scores, chunk) for found in passes) / len(passes))
-        for side in SIDES:
-            unpatched[side].append(passes[0].unpatched[side])
-    clean, corrupt = (torch.cat(unpatched[side], 1) for side in SIDES)
-    gap = clean - corrupt
-    warn_small_gap(gap[0], metrics[0].name)
-    scale = torch.full_like(gap, -1.0 if direction == "noise" else 1.0)
-    if normalize:
-        scale = scale / torch.where(gap.abs() > 0, gap, torch.nan)
-    values = [torch.cat(part, 1) * scale[..., None] for part in parts]
-    between = "between base and source" if rules.needs_source else "both" if len(points) > 1 else at
-    attrs = {
-        "method": "attribution", "rules": rules.name, "switches": str(rules.settings()), "gradient_at": between,
-        "direction": direction, "normalized": int(normalize),
-        "positions": positions if isinstance(positions, str) else str(list(positions)), "window": 1,
-        **({"zero_by_construction": ", ".join(zero)} if zero else {}),
-        **metric_attrs(metrics, direction, normalize), **provenance(model, pairs),
-    }  # fmt: skip
-    return lay_out(
-        grids, [v.numpy() for v in values], pairs, metrics=metrics, several=several, clean=clean.numpy(),
-        corrupt=corrupt.numpy(), attrs=attrs,
-    )  # fmt: skip
+    return zero
 
 
 def gradient_points(rules: Rules, direction: Direction, at: str) -> tuple[Side, ...]:
-    """The runs whose multipliers are averaged. Secant rules are symmetric: any one run serves."""
+    """The runs whose multipliers are averaged. Of rules that are symmetric in the two runs, any one serves."""
     base = BASES[direction][0]
-    if rules.needs_source:
+    if rules.symmetric:
         return (base,)
     if len(BASES[direction]) > 1 or at == "both":
         return ("clean", "corrupt")
@@ -140,9 +131,9 @@ def backward_scores(
     def watch(value: Tensor, hook) -> Tensor:
         name, site, change = hook.name, sites[hook.name], there.pop(hook.name) - value.detach()
         if rules.reaches(site.name):
-            value.register_hook(lambda g: found[name].append(_contract(site, g, change).cpu() * sign))
+            value.register_hook(lambda g: found[name].append(contract(site, g, change).cpu() * sign))
         else:
-            found[name] = [_contract(site, change, torch.zeros_like(change)).cpu()] * len(metrics)
+            found[name] = [contract(site, change, torch.zeros_like(change)).cpu()] * len(metrics)
         return value  # a TransformerBridge's hooks may see a copy, which is in the graph only if handed back
 
     def cut(value: Tensor, hook) -> Tensor:
@@ -164,48 +155,3 @@ def backward_scores(
         raise PatchError(f"no gradient arrived at {silent[0]}")
     unpatched = {s: torch.stack([metric(logits[s], pairs, logits["clean"]) for metric in metrics]).cpu() for s in SIDES}
     return Multipliers({name: torch.stack(scores) for name, scores in found.items()}, unpatched)
-
-
-def _contract(site: Site, gradient: Tensor, change: Tensor) -> Tensor:
-    """Their product in float32 at least, summed over a vector's channels; neurons and patterns are single numbers."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    product = gradient.to(wide) * change.to(wide)
-    return product if site.unit == "neuron" or site.source_axis is not None else product.sum(-1)
-
-
-def grid_scores(
-    grid: Grid, scores: Mapping[str, Float[Tensor, "metric prompt ..."]], pairs: PromptPairs
-) -> Float[Tensor, "metric prompt cell"]:
-    """Scores at hook points in the order of the grid's cells."""
-    if grid.neurons is not None:
-        by_layer = {n.layer: grid.site.hook(n.layer) for n in grid.neurons}
-        picked = {
-            layer: scores[hook][..., [n.index for n in grid.neurons if n.layer == layer]]
-            for layer, hook in by_layer.items()
-        }
-        order = [i for layer in by_layer for i, n in enumerate(grid.neurons) if n.layer == layer]
-        units_last = torch.cat(list(picked.values()), -1)[..., np.argsort(order)]
-        return _spots(grid, units_last.transpose(-1, -2), pairs).flatten(2)
-    layers = []
-    for layer in range(grid.n_layers):
-        found = scores[grid.site.hook(layer)]
-        if grid.site.source_axis is not None:  # [metric, prompt, head, query, key]
-            if grid.cells is not None:
-                queries, keys = zip(*grid.cells, strict=True)
-                layers.append(found[..., list(queries), list(keys)].flatten(2))
-                continue
-            found = found.sum(-1)
-        elif grid.units is not None:  # [metric, prompt, position, unit]
-            found = found.transpose(-1, -2)
-        layers.append(_spots(grid, found, pairs).flatten(2))
-    return torch.cat(layers, -1)
-
-
-def _spots(grid: Grid, found: Float[Tensor, "metric prompt *unit position"], pairs: PromptPairs) -> Tensor:
-    """The grid's positions out of all; the sum over all of a prompt's tokens if it patches them together."""
-    shape = (len(pairs), *(1,) * (found.ndim - 3), -1)
-    if grid.positions is None:
-        return found.masked_fill(~pairs.is_token.cpu().reshape(shape), 0).sum(-1, keepdim=True)
-    wanted = torch.tensor(grid.positions).expand(len(pairs), -1)
-    wanted = torch.where(wanted < 0, wanted + pairs.lengths.cpu()[:, None], wanted)
-    return found.take_along_dim(wanted.reshape(1, *shape).expand(*found.shape[:-1], -1), -1)

@@ -12,24 +12,24 @@ is always metric(patched) - metric(unpatched), in the metric's unit.
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 import xarray as xr
 
-from interp.directions import BASES, Direction, metric_attrs, warn_small_gap
-from interp.errors import SiteError, one_of
+from interp.directions import BASES, Direction, metric_attrs
+from interp.errors import one_of
 from interp.exact import Announce, exact_effects
-from interp.grids import Positions, lay_out, make_grid, position_labels, without_padding
+from interp.grids import Positions, position_labels, without_padding
 from interp.interventions import Patch
-from interp.metrics import Metric, get_metric, get_metrics
+from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
 from interp.provenance import provenance
+from interp.sheet import AnyMetric, ScoreSheet
 from interp.sites import parse_node
 from interp.tasks.pairs import PromptPairs
 
 
 def activation_patching(
     model, pairs: PromptPairs, sites: str | Sequence[str], *,
-    metric: str | Callable | Metric | Sequence[str | Callable | Metric] = "logit_diff",
+    metric: AnyMetric = "logit_diff",
     direction: Direction = "denoise", positions: Positions = "each", window: int = 1,
     neurons: Sequence[str] | None = None, normalize: bool = False, engine: Literal["sweep", "hooks"] = "sweep",
     max_memory: int | None = None, batch_size: int | None = None, announce: Announce = None, progress: bool = False,
@@ -58,32 +58,19 @@ def activation_patching(
     max_memory: bytes that the sweep may take at a time (default: three quarters of what is free).
     announce: called with the sweep's `SweepPlan` (cells, chunks, FLOPs, bytes) before it starts.
     """
-    one_of(direction, BASES, "direction")
-    metrics, several = get_metrics(metric)
-    names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
-    cfg = config_of(model)
-    if not names:
-        raise SiteError("no sites to patch")
-    grids = [make_grid(name, pairs, cfg, positions, neurons, window) for name in names]
-    interventions = [list(grid.interventions()) for grid in grids]
+    sheet = ScoreSheet(
+        model, pairs, sites, metric=metric, direction=direction, positions=positions, neurons=neurons, window=window,
+        normalize=normalize, every_neuron=False,
+    )  # fmt: skip
+    interventions = [list(grid.interventions()) for grid in sheet.grids]
     scores = exact_effects(
-        model, pairs, [i for chosen in interventions for i in chosen], metrics=metrics, direction=direction, engine=engine,
-        max_memory=max_memory, batch_size=batch_size, announce=announce, progress=progress,
+        model, pairs, [i for chosen in interventions for i in chosen], metrics=sheet.metrics, direction=direction,
+        engine=engine, max_memory=max_memory, batch_size=batch_size, announce=announce, progress=progress,
     )  # fmt: skip
-    effects, gap = scores.effects, scores.clean - scores.corrupt
-    warn_small_gap(gap[0], metrics[0].name)
-    if normalize:
-        effects = effects / torch.where(gap.abs() > 0, gap, torch.nan)[..., None]
-    attrs = {
-        "method": "activation_patching", "engine": engine, "direction": direction,
-        "normalized": int(normalize), "positions": positions if isinstance(positions, str) else str(list(positions)),
-        "window": window, **metric_attrs(metrics, direction, normalize), **provenance(model, pairs),
-    }  # fmt: skip
-    values = [part.numpy() for part in effects.split([len(i) for i in interventions], -1)]
-    return lay_out(
-        grids, values, pairs, metrics=metrics, several=several, clean=scores.clean.numpy(),
-        corrupt=scores.corrupt.numpy(), attrs=attrs,
-    )  # fmt: skip
+    sheet.add(
+        scores.effects.split([len(i) for i in interventions], -1), {"clean": scores.clean, "corrupt": scores.corrupt}
+    )
+    return sheet.result("activation_patching", engine=engine)
 
 
 def patch_nodes(

@@ -165,6 +165,11 @@ class Rules:
         """True if a switch is set to "secant": such rules compare two runs, see `recording` and `against`."""
         return "secant" in (getattr(self, switch) for switch in SETTINGS)
 
+    @property
+    def symmetric(self) -> bool:
+        """True if exchanging the two runs changes no multiplier: every non-linearity is a secant, none a local slope."""
+        return all(getattr(self, switch) == "secant" for switch in SETTINGS if switch != "rotation")
+
     def recording(self) -> "Recording":
         """These rules for the first of two runs, whose values they keep. To be used without a graph, once."""
         return Recording(**_settings(self))

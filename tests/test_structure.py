@@ -36,6 +36,7 @@ LAYERS = [
     {"interp.tasks.corrupt", "interp.model.run", "interp.model.load"},
     {"interp.tasks.named", "interp.provenance", "interp.interventions", "interp.graph", "interp.directions"},
     {"interp.grids"},
+    {"interp.sheet"},
     {"interp.node_attribution"},
     {"interp.rows"},
     {"interp.attend"},
