@@ -250,9 +250,15 @@ class Recording(Rules):
         self.tape.append(tuple(value.detach() for value in values))
         return values
 
-    def against(self) -> "Against":
-        """The same rules for the other run, which must pass the same places in the same order: for one forward pass."""
-        return Against(**_settings(self), tape=iter(self.tape))
+    def against(self, copies: int = 1) -> "Against":
+        """The same rules for the other run, which must pass the same places in the same order: for one forward pass.
+
+        copies: how often the recorded batch is repeated in the other run's.
+        """
+        if copies == 1:
+            return Against(**_settings(self), tape=iter(self.tape))
+        repeated = (tuple(v.repeat(copies, *(1,) * (v.ndim - 1)) for v in values) for values in self.tape)
+        return Against(**_settings(self), tape=repeated)
 
 
 @dataclass(frozen=True)
