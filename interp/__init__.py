@@ -18,6 +18,8 @@ _HOME = {
     "integrated_gradients": "interp.paths",
     "site_secants": "interp.paths",
     "compare": "interp.agreement",
+    "spot_check": "interp.checking",
+    "get_rules": "interp.rules",
     "node_faithfulness": "interp.faithfulness",
     "discover": "interp.discovery",
     "Discovery": "interp.discovery",

@@ -3,8 +3,9 @@
     interp discover                                   the main job, on the bundled model
     interp discover --model gpt2 --task greater_than
     interp patch --sites head --positions all --out heads.csv
+    interp attribute --rules relp --task capitals     one backward pass, checked against exact patching
     interp edges --task capitals --n 8                every edge of the model's graph
-    interp models / interp tasks                      what there is
+    interp models / interp tasks / interp rules       what there is
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -99,6 +100,8 @@ class Behaviour:
 class Discover(Behaviour):
     """Find the components that carry a behaviour, check them by ablation, write a report."""
 
+    rules: str | None = None
+    """Score places from one backward pass by these rules instead of patching each, and check a sample (see `interp rules`)."""
     ablation: Literal["corrupt", "zero", "mean"] = "corrupt"
     """What replaces components outside the circuit in the faithfulness check."""
     out: Path = Path("interp-report.html")
@@ -109,11 +112,15 @@ class Discover(Behaviour):
 
         check_writable(self.out)
         running = self.running()
+        if self.rules is not None:
+            from interp.rules import get_rules
+
+            get_rules(self.rules)  # before a model is loaded
         model, pairs = self.load()
         from interp.discovery import discover
 
         found = discover(
-            model, pairs, metric=self.metric, direction=self.direction, ablation=self.ablation,
+            model, pairs, rules=self.rules, metric=self.metric, direction=self.direction, ablation=self.ablation,
             seed=self.seed, **running,
         )  # fmt: skip
         found.report(self.out)
@@ -139,14 +146,7 @@ class Patch(Behaviour):
     """Write all scores: .csv or .parquet (one row per prompt and place), or .html (heatmap of one site)."""
 
     def run(self) -> None:
-        from interp.errors import OptionError
-        from interp.files import check_writable
-
-        if self.out is not None and check_writable(self.out).suffix not in (".csv", ".parquet", ".html"):
-            kind = repr(self.out.suffix) if self.out.suffix else "a file without an ending"
-            raise OptionError(f"cannot write {kind}: use .csv, .parquet or .html")
-        if self.out is not None and self.out.suffix == ".html" and (len(self.sites) > 1 or self.window > 1):
-            raise OptionError("an .html heatmap shows one site and no windows; use .csv or .parquet")
+        _check_out(self.out, one_site=len(self.sites) == 1 and self.window == 1)
         running = self.running()
         model, pairs = self.load()
         from interp.patching import activation_patching
@@ -160,6 +160,54 @@ class Patch(Behaviour):
         if self.out is not None:
             save_effects(effects, self.out)  # before anything is printed: a closed pipe must not cost the result
         print(strongest(effects))
+        if self.out is not None:
+            print(f"\nscores: {self.out.resolve()}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute(Behaviour):
+    """Score every place of one or several sites from one backward pass; patch a sample exactly and print the agreement."""
+
+    sites: tuple[str, ...] = ("resid_pre", "attn_out", "mlp_out")
+    """resid_pre, resid_mid, resid_post, attn_out, mlp_out, head, q, k, v, pattern, neuron."""
+    rules: str = "secant"
+    """A rule set, perhaps with switches, as relp,pattern=frozen (see `interp rules`)."""
+    at: Literal["base", "source", "both"] = "base"
+    """The run in which the gradient is taken."""
+    positions: Literal["each", "all"] = "each"
+    """each position by itself, or their sum."""
+    check: int | None = None
+    """Places of each site that are also patched exactly (default: all if that is cheap, else 128; 0: none)."""
+    out: Path | None = None
+    """Write all scores: .csv or .parquet (one row per prompt and place), or .html (heatmap of one site)."""
+
+    def run(self) -> None:
+        from interp.errors import OptionError
+        from interp.rules import get_rules
+
+        _check_out(self.out, one_site=len(self.sites) == 1)
+        rules = get_rules(self.rules)
+        if self.check is not None and self.check < 0:
+            raise OptionError(f"cannot check {self.check} places")
+        running = {name: value for name, value in self.running().items() if name != "engine"}
+        model, pairs = self.load()
+        from interp.checking import spot_check
+        from interp.node_attribution import attribution
+        from interp.tables import save_effects, strongest
+
+        metric = self.metric or pairs.metric
+        scores = attribution(
+            model, pairs, self.sites, rules=rules, metric=metric, direction=self.direction, at=self.at,
+            positions=self.positions, batch_size=self.batch_size,
+        )  # fmt: skip
+        if self.out is not None:
+            save_effects(scores, self.out)
+        print(strongest(scores))
+        print(
+            f"\nrules {scores.attrs['rules']}, gradient at {scores.attrs['gradient_at']}: estimates, not interventions"
+        )
+        if self.check != 0:
+            print(spot_check(model, pairs, scores, metric=metric, n=self.check, seed=self.seed, **running))
         if self.out is not None:
             print(f"\nscores: {self.out.resolve()}")
 
@@ -224,6 +272,43 @@ class Tasks:
                 print(f"    {corruption}: {describe}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RuleSets:
+    """List the backward rule sets; with a model, what one of them does at each of its non-linearities."""
+
+    model: str | None = None
+    """Bundled model, folder in Hugging Face's layout, or hub name."""
+    rules: str = "relp"
+    """The rule set to show for that model, perhaps with switches."""
+
+    def run(self) -> None:
+        from interp.rules import RULES, get_rules
+
+        if self.model is None:
+            for name, rules in RULES.items():
+                switches = ", ".join(f"{switch}={setting}" for switch, setting in rules.settings().items())
+                print(f"{name:22} {switches or 'autograd everywhere'}")
+            return
+        rules = get_rules(self.rules)
+        from interp.model.load import load_model
+
+        print(rules.coverage(load_model(self.model)).to_string(index=False))
+
+
+def _check_out(path: Path | None, *, one_site: bool) -> None:
+    """Raise if scores cannot be written there, before anything is computed."""
+    from interp.errors import OptionError
+    from interp.files import check_writable
+
+    if path is None:
+        return
+    if check_writable(path).suffix not in (".csv", ".parquet", ".html"):
+        kind = repr(path.suffix) if path.suffix else "a file without an ending"
+        raise OptionError(f"cannot write {kind}: use .csv, .parquet or .html")
+    if path.suffix == ".html" and not one_site:
+        raise OptionError("an .html heatmap shows one site and no windows; use .csv or .parquet")
+
+
 def _n_bytes(text: str) -> int:
     """800M, 4G or plain bytes as a number of bytes."""
     from interp.errors import OptionError
@@ -237,8 +322,10 @@ def _n_bytes(text: str) -> int:
 Command = (
     Annotated[Discover, tyro.conf.subcommand("discover")]
     | Annotated[Patch, tyro.conf.subcommand("patch")]
+    | Annotated[Attribute, tyro.conf.subcommand("attribute")]
     | Annotated[Edges, tyro.conf.subcommand("edges")]
     | Annotated[Models, tyro.conf.subcommand("models")]
+    | Annotated[RuleSets, tyro.conf.subcommand("rules")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
 )
 

@@ -4,13 +4,15 @@
     discovery.ranking            # every head and MLP: effect, interval, whether it stands out
     discovery.report("report.html")
 
-One call patches the residual stream, attention and MLP outputs at every position and every head as a whole, exactly;
-ranks heads and MLPs with bootstrap intervals over prompts; marks those that stand out by two standard deviations; and
-checks the ranking by intervention: keep only the top n, ablate the rest, see how much of the metric comes back.
+One call patches the residual stream, attention and MLP outputs at every position and every head as a whole, exactly; or,
+with `rules=`, scores them from one backward pass and patches a sample to say how far off that is. It ranks heads and MLPs
+with bootstrap intervals over prompts; marks those that stand out by two standard deviations; and checks the ranking by
+intervention: keep only the top n, ablate the rest, see how much of the metric comes back.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from interp.checking import SpotCheck, spot_check
 from interp.directions import BASES, Direction
 from interp.errors import name_some, one_of
 from interp.exact import Announce
@@ -26,7 +29,9 @@ from interp.metrics import METRICS, Metric, get_metric
 from interp.model.run import logits_at
 from interp.model.tokens import token_strings
 from interp.model.transformer import Transformer
+from interp.node_attribution import attribution
 from interp.patching import activation_patching, patch_nodes
+from interp.rules import Rules
 from interp.sites import parse_node
 from interp.statistics import bootstrap_mean, detected
 from interp.tasks.pairs import PromptPairs
@@ -44,6 +49,7 @@ class Discovery:
     random_faithfulness: xr.Dataset  # the same curve for nodes in random order
     summary: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    agreement: SpotCheck | None = None  # of an approximate map with exact patching
     corrupt_strings: tuple[str, ...] | None = None  # tokens of the first corrupt prompt
     answer_strings: tuple[str, ...] = ()  # answers to the first clean prompt
     wrong_strings: tuple[str, ...] = ()
@@ -76,6 +82,8 @@ class Discovery:
             f"{reached[0]} of {curve.attrs['n_nodes']} components recover at least 90 % "
             f"({curve.attrs['ablation']} ablation of the rest)",
         ]  # fmt: skip
+        if self.agreement is not None:
+            lines += ["", f"approximate effects, rules {a['rules']} ({a['gradient_at']}): {self.agreement}"]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def _repr_html_(self) -> str:
@@ -89,13 +97,16 @@ class Discovery:
 
 
 def discover(
-    model, pairs: PromptPairs, *, level: Literal["node"] = "node", metric: str | Callable | Metric | None = None,
+    model, pairs: PromptPairs, *, level: Literal["node"] = "node", rules: str | Rules | None = None,
+    metric: str | Callable | Metric | None = None,
     direction: Direction = "denoise", ablation: Literal["corrupt", "zero", "mean"] = "corrupt",
     engine: Literal["sweep", "hooks"] = "sweep", top_heads: int = 4, max_memory: int | None = None,
     batch_size: int | None = None, seed: int = 0, announce: Announce = None, progress: bool = False,
 ) -> Discovery:  # fmt: skip
-    """Exact node patching, ranking, detection and faithfulness in one call.
+    """Node scores, ranking, detection and faithfulness in one call.
 
+    rules: None patches every place exactly. A rule set (`interp.rules`) scores them from one backward pass instead; then a
+    sample of places is patched exactly as well (all of them where that is cheap) and `agreement` says how far the map is off.
     metric: default is the one the pairs are usually scored with. ablation: what replaces components outside the circuit
     in the faithfulness check. top_heads: how many of the strongest heads are also patched position by position. engine,
     max_memory, announce: see `activation_patching`.
@@ -111,14 +122,23 @@ def discover(
         "progress": progress,
         "announce": announce,
     }
-    options = {"metric": metric, "direction": direction, **runs}
-    effects = activation_patching(model, pairs, _residual_sites(model), **options)
-    whole = activation_patching(model, pairs, ["head", "mlp_out"], positions="all", **options)
+    options = {"metric": metric, "direction": direction}
+    sites, agreement = _residual_sites(model), None
+    if rules is None:
+        effects = activation_patching(model, pairs, sites, **options, **runs)
+        whole = activation_patching(model, pairs, ["head", "mlp_out"], positions="all", **options, **runs)
+    else:
+        score = partial(attribution, model, pairs, rules=rules, batch_size=batch_size, **options)
+        effects, whole = score(sites), score(["head", "mlp_out"], positions="all")
+        checked = {name: value for name, value in runs.items() if name != "engine"}
+        agreement = spot_check(model, pairs, score([*sites, "head"]), metric=metric, seed=seed, **checked)
     nodes = _as_nodes(whole)
     ranking = rank(nodes, seed=seed)
     heads = [n for n in ranking.node if n.startswith("a")][:top_heads]
-    if heads:
-        effects["top_heads"] = patch_nodes(model, pairs, heads, **options)
+    if heads and rules is None:
+        effects["top_heads"] = patch_nodes(model, pairs, heads, **options, **runs)
+    elif heads:
+        effects["top_heads"] = _of_heads(score("head"), heads)
     curve = {"metric": metric, "ablation": ablation, "seed": seed, **runs}
     faithfulness = node_faithfulness(model, pairs, list(ranking.node), **curve)
     shuffled = list(np.random.default_rng(seed).permutation(ranking.node.to_numpy()))
@@ -127,8 +147,9 @@ def discover(
     )
     summary, notes = _describe(model, pairs, nodes, metric)
     return Discovery(
-        pairs, effects, nodes, ranking, faithfulness, random_faithfulness, summary, notes, **_first_pair(model, pairs)
-    )
+        pairs, effects, nodes, ranking, faithfulness, random_faithfulness, summary, notes, agreement,
+        **_first_pair(model, pairs),
+    )  # fmt: skip
 
 
 def _first_pair(model, pairs: PromptPairs) -> dict[str, tuple[str, ...] | None]:
@@ -149,6 +170,17 @@ def _residual_sites(model) -> list[str]:
     # a TransformerBridge's resid_mid is what its MLP reads, not the stream itself
     has_mid = isinstance(model, Transformer) and not model.cfg.parallel
     return [sites[0], "resid_mid", *sites[1:]] if has_mid else sites
+
+
+def _of_heads(scores: xr.DataArray, heads: list[str]) -> xr.DataArray:
+    """[prompt, node, position]: some heads of site "head"."""
+    parsed = [parse_node(head) for head in heads]
+    chosen = scores.sel(
+        layer=xr.DataArray([n.layer for n in parsed], dims="node"),
+        head=xr.DataArray([n.index for n in parsed], dims="node"),
+    )
+    chosen = chosen.drop_vars(["layer", "head", "node"]).transpose("prompt", "node", "position")
+    return chosen.assign_coords(node=heads).assign_attrs(site="nodes")
 
 
 def _as_nodes(whole: xr.Dataset) -> xr.DataArray:

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from interp import plots
+from interp.agreement import STATISTICS
 from interp.files import write_atomically
 from interp.grids import visible
 
@@ -62,6 +63,7 @@ def render(discovery: Discovery) -> str:
     sections = [
         _header(discovery, title),
         _ranking(discovery),
+        _agreement(discovery),
         _faithfulness(discovery),
         _maps(discovery),
         _provenance(discovery),
@@ -128,15 +130,36 @@ def _ranking(d: Discovery) -> str:
         for r in d.ranking.head(12).itertuples()
     )
     unit = html.escape(d.attrs["unit"])
+    how = "patched together" if d.agreement is None else "scored from one backward pass and added up"
     return (
         "<h2>Components, ranked</h2>"
-        f"<p>Every attention head (<code>a3.h2</code>: layer 3, head 2) and MLP (<code>m5</code>) patched at all positions. "
+        f"<p>Every attention head (<code>a3.h2</code>: layer 3, head 2) and MLP (<code>m5</code>), all positions {how}. "
         f"Standing out, by more than two standard deviations from the mean over components: {names}.</p>"
         + _figure(plots.ranking_bars(d.ranking, d.attrs), "Mean effect with its 95 % bootstrap interval over prompts; "
                   "solid bars stand out, pale ones do not.")
         + f"<table><tr><th>component</th><th>effect ({unit})</th><th>95 % interval</th><th>share of clean − corrupt</th>"
         f"<th>stands out</th></tr>{rows}</table>"
     )  # fmt: skip
+
+
+def _agreement(d: Discovery) -> str:
+    if d.agreement is None:
+        return ""
+
+    def cell(row, statistic: str) -> str:
+        low, high = row[f"{statistic}_low"], row[f"{statistic}_high"]
+        return f"<td>{row[statistic]:.3f}<br><span class='pale'>{low:.2f} to {high:.2f}</span></td>"
+
+    rows = "".join(
+        f"<tr><td>{html.escape(str(site))}</td>{''.join(cell(row, s) for s in STATISTICS)}</tr>"
+        for site, row in d.agreement.table.iterrows()
+    )
+    heads = "".join(f"<th>{s.replace('_', ' ')}</th>" for s in STATISTICS)
+    return (
+        "<h2>How far to trust this map</h2><p class='note'>The effects on this page are estimates from one backward pass by "
+        f"the rules <code>{html.escape(d.attrs['rules'])}</code>. Below: {html.escape(d.agreement.says)}, with 95 % bootstrap "
+        f"intervals over prompts. The curve of kept components is exact.</p><table><tr><th>site</th>{heads}</tr>{rows}</table>"
+    )
 
 
 def _faithfulness(d: Discovery) -> str:
