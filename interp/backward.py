@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from interp import secants
+from interp.blocks import in_blocks
 
 Values = Float[Tensor, "..."]
 
@@ -49,8 +50,11 @@ class _Elementwise(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor):
-        slope = ctx.slope(*(_wide(x) for x in ctx.saved_tensors))
-        return (g * slope).to(g.dtype), None, None, *(None for _ in ctx.saved_tensors[1:])
+        def times_slope(g: Tensor, *points: Tensor) -> Tensor:
+            return (g * ctx.slope(*(_wide(x) for x in points))).to(g.dtype)
+
+        points = ctx.saved_tensors
+        return in_blocks(times_slope, g, *points), None, None, *(None for _ in points[1:])
 
 
 class _SecantNorm(Function):

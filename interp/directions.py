@@ -49,5 +49,5 @@ def warn_small_gap(gap: Tensor, metric: str) -> None:
         warnings.warn(
             f"|{metric}(clean) - {metric}(corrupt)| is near zero on prompts {name_some(rows)}: "
             "normalised scores are unreliable there",
-            stacklevel=3,
+            stacklevel=4,  # whoever called the analysis that filled a sheet
         )

@@ -20,7 +20,7 @@ _GAP = 0.1  # differences below which the mean normal density is a series; with 
 def decay(d: Values) -> Values:
     """(1 - exp(-d)) / d for d >= 0, and 1 at d = 0: the mean of exp over [-d, 0]."""
     safe = d.clamp_min(torch.finfo(d.dtype).tiny)
-    return -torch.expm1(-safe) / safe
+    return torch.expm1(-safe).neg_().div_(safe)
 
 
 def exp_slope(a: Values, b: Values) -> Values:
@@ -31,6 +31,14 @@ def exp_slope(a: Values, b: Values) -> Values:
 def sigmoid_slope(a: Values, b: Values) -> Values:
     """Of sigmoid: sigmoid(high) sigmoid(-low) (1 - exp(-d)) / d; nothing in it can overflow."""
     return torch.maximum(a, b).sigmoid() * (-torch.minimum(a, b)).sigmoid() * decay((a - b).abs())
+
+
+def swish_slope(a: Values, b: Values, h_a: Values, h_b: Values, h_slope: Values | float) -> Values:
+    """Of x sigmoid(h(x)), given h at both points and h's own slope: x_mid slope + sigmoid_mid."""
+    s_a, s_b = h_a.sigmoid(), h_b.sigmoid()
+    # as `sigmoid_slope`, out of the two values at hand: 1 - sigmoid keeps too few digits only where nothing depends on them
+    steep = (torch.maximum(s_a, s_b) * (1 - torch.minimum(s_a, s_b))).mul_(decay((h_a - h_b).abs_())).mul_(h_slope)
+    return steep.mul_(a + b).add_(s_a).add_(s_b).div_(2)
 
 
 def tanh_slope(a: Values, b: Values) -> Values:

@@ -25,8 +25,8 @@ SCRIPTS = sorted((ROOT / "data").glob("*.py"))
 # to be given a place here.
 LAYERS = [
     {"interp"},  # names only; it imports nothing until asked
-    {"interp.errors", "interp.secants", "interp.statistics", "interp.tasks", "interp.model"},
-    {"interp.files", "interp.metrics", "interp.backward", "interp.model.config", "interp.model.activations",
+    {"interp.errors", "interp.blocks", "interp.secants", "interp.statistics", "interp.tasks", "interp.model"},
+    {"interp.agreement", "interp.files", "interp.metrics", "interp.backward", "interp.model.config", "interp.model.activations",
      "interp.tasks.examples", "interp.tasks.words"},
     {"interp.rules", "interp.model.nonlinearities"},
     {"interp.sites", "interp.model.ops", "interp.model.tokens", "interp.tasks.files"},
@@ -42,7 +42,8 @@ LAYERS = [
     {"interp.attend"},
     {"interp.walk"},
     {"interp.sweep"},
-    {"interp.exact"},
+    {"interp.exact", "interp.paths"},
+    {"interp.checking"},
     {"interp.patching"},
     {"interp.edges"},
     {"interp.faithfulness", "interp.plots"},
