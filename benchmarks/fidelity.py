@@ -14,7 +14,7 @@ forward passes and one backward; the others say what they take.
 import argparse
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -65,14 +65,16 @@ def story_pairs(model: Transformer) -> PromptPairs:
     )  # fmt: skip
 
 
-def cases(options) -> list[tuple[Transformer, PromptPairs]]:
-    """Models with their behaviours."""
+def cases(
+    n: int = 32, tasks: Sequence[str] = tuple(TASKS), stories: Path | None = None
+) -> list[tuple[Transformer, PromptPairs]]:
+    """Models with their behaviours; stories: the folder of stories260k, passed over if it is not there."""
     found = []
     for name in ("mini-gpt2", "mini-llama"):
         model = load_model(name)
-        found += [(model, load_task(task, model, n=options.n, seed=0)) for task in options.tasks]
-    if options.stories is not None and options.stories.exists():
-        model = load_model(options.stories)
+        found += [(model, load_task(task, model, n=n, seed=0)) for task in tasks]
+    if stories is not None and stories.exists():
+        model = load_model(stories)
         found.append((model, story_pairs(model)))
     return found
 
@@ -116,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*is near zero on prompts")
     rows = []
-    for model, pairs in cases(options):
+    for model, pairs in cases(options.n, options.tasks, options.stories):
         rows += rows_of(model, pairs, options.directions)
         print(f"{model.cfg.name} on {pairs.name}: done", flush=True)
     for direction in options.directions:

@@ -57,6 +57,7 @@ def integrated_gradients(
     should be complete and what it should be, over prompts, relative to their largest |metric(clean) - metric(corrupt)|.
     """
     one_of(path, ("embedding", "activation"), "path")
+    _check_groups(groups)
     if path == "embedding" and groups != 1:
         raise OptionError('groups of positions are for path="activation"')
     line = quadrature_points(steps, quadrature)
@@ -97,6 +98,7 @@ def site_secants(
     Heads, keys and the like of a layer move together. groups, and the other options: see `integrated_gradients`.
     """
     rules = get_rules(rules)
+    _check_groups(groups)
     if not rules.symmetric:
         raise RulesError(f"site_secants follows secant rules, not {rules.name!r}")
     sheet = ScoreSheet(
@@ -127,11 +129,14 @@ def quadrature_points(steps: int, kind: str) -> tuple[list[float], list[float]]:
 
 def position_groups(pairs: PromptPairs, groups: int) -> Bool[Tensor, "group prompt position"]:
     """Every token in one group: counted from each prompt's end, as that is where the metric is read."""
-    if groups < 1:
-        raise OptionError(f"positions need at least 1 group, not {groups}")
     from_end = pairs.read_at[:, None] - torch.arange(pairs.clean.shape[1], device=pairs.clean.device)
     number = torch.arange(groups, device=pairs.clean.device)
     return (from_end % groups == number[:, None, None]) & pairs.is_token
+
+
+def _check_groups(groups: int) -> None:
+    if groups < 1:
+        raise OptionError(f"positions need at least 1 group, not {groups}")
 
 
 def _fill(

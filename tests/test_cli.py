@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from interp import METRICS, PromptPairs, activation_patching, edge_patching, load_model
+from interp import METRICS, PromptPairs, activation_patching, attribution, edge_patching, load_model
 from interp.cli import main
 from interp.metrics import Metric
+from interp.rules import RULES
 from interp.tasks.named import TASKS
 
 ROWS = [
@@ -362,3 +363,71 @@ def test_a_closed_pipe_is_not_an_error_and_costs_nothing(folder, given, tmp_path
     assert process.returncode == 0, said
     assert said == ""
     assert out.stat().st_size > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ attribution
+
+
+def test_attribute_prints_scores_with_their_agreement_and_writes_them(folder, given, tmp_path, capsys):
+    pairs, out = given(), tmp_path / "out" / "scores.csv"
+    options = ("--sites", "mlp_out", "head", "--rules", "relp,pattern=frozen", "--positions", "all")
+    assert run("attribute", "--model", folder, "--pairs", pairs, *options, "--out", out, "--quiet") == 0
+    model = load_model(folder)
+    expected = attribution(
+        model, PromptPairs.from_jsonl(pairs, model), "mlp_out", rules="relp,pattern=frozen", positions="all"
+    )
+    table = pd.read_csv(out)
+    mlps = table[table.site == "mlp_out"].set_index(["prompt", "layer"]).effect
+    assert mlps[1, 2] == pytest.approx(expected[1, 2].item(), abs=1e-6)
+    said = capsys.readouterr()
+    assert "rules relp,pattern=frozen, gradient at base" in said.out
+    assert "agreement with exact patching on all 15 places" in said.out
+    assert f"scores: {out}" in said.out
+    assert said.err == ""
+
+
+def test_a_check_can_be_small_or_left_out(folder, given, capsys):
+    for check, says in ((0, None), (5, "on 5 of 15 places drawn at random")):
+        assert (
+            run("attribute", "--model", folder, "--pairs", given(), "--sites", "mlp_out", "--check", check, "--quiet")
+            == 0
+        )
+        said = capsys.readouterr().out
+        assert ("agreement" not in said) if says is None else (says in said)
+
+
+def test_discover_takes_rules(folder, given, tmp_path, capsys):
+    out = tmp_path / "out" / "report.html"
+    assert run("discover", "--model", folder, "--pairs", given(), "--rules", "secant", "--out", out, "--quiet") == 0
+    assert "approximate effects, rules secant (between base and source)" in capsys.readouterr().out
+    assert "How far to trust this map" in out.read_text(encoding="utf-8")
+
+
+def test_rules_are_listed_and_shown_on_a_model(folder, capsys):
+    assert run("rules") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in RULES)
+    assert run("rules", "--model", folder, "--rules", "attnlrp") == 0
+    lines = capsys.readouterr().out.splitlines()
+    status = {(line.split()[0], line.split()[1]): " ".join(line.split()[3:]) for line in lines[1:]}
+    assert status["blocks.0.ln1", "norm_scale"] == "on"
+    assert status["blocks.2.mlp.hook_post", "gate_product"] == "not applicable"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rules", "rlp"], "did you mean 'relp'"),
+        (["--rules", "relp,patern=frozen"], "did you mean 'pattern'"),
+        (["--rules", "relp,pattern=cold"], "'cold' is not a setting of pattern"),
+        (["--rules", "relp", "--metric", "accuracy"], "accuracy has no gradient"),
+        (["--rules", "cp-lrp", "--sites", "q", "k"], "freeze the attention pattern, so no score reaches q, k"),
+        (["--check", "-1"], "cannot check -1 places"),
+        (["--out", "scores.txt"], "cannot write '.txt'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_attributed_is_one_sentence(folder, given, capsys, monkeypatch, tmp_path, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert run("attribute", "--model", folder, "--pairs", given(), "--quiet", *arguments) == 2
+    assert says in one_line(capsys)

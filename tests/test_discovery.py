@@ -155,3 +155,42 @@ def test_text_pairs_show_their_first_prompt(tiny):
 def test_unknown_options_are_said(tiny, options, error, says):
     with refused(error, says):
         discover(tiny("gpt2"), small_pairs(), **options)
+
+
+# ------------------------------------------------------------------------------------------------------ approximate maps
+
+
+def test_with_rules_the_scores_are_attributions_and_the_agreement_is_told(tiny):
+    model, pairs = tiny("gpt2"), small_pairs(n=4)
+    found = discover(model, pairs, rules="relp", seed=3)
+    expected = interp.attribution(model, pairs, ["resid_pre", "head", "mlp_out"], rules="relp")
+    np.testing.assert_allclose(found.effects.resid_pre, expected.resid_pre)
+    np.testing.assert_allclose(found.nodes.sel(node="m1"), expected.mlp_out.sel(layer=1).sum("position"), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.nodes.sel(node="a2.h3"), expected.head_out.sel(layer=2, head=3).sum("position"), rtol=1e-5, atol=1e-7
+    )
+    strongest = found.ranking.node[found.ranking.kind == "head"].iloc[0]
+    layer, head = int(strongest[1]), int(strongest.split("h")[1])
+    np.testing.assert_allclose(
+        found.effects.top_heads.sel(node=strongest), expected.head_out.sel(layer=layer, head=head)
+    )
+    exact = activation_patching(model, pairs, ["resid_pre", "attn_out"])
+    table = interp.compare(interp.attribution(model, pairs, ["resid_pre", "attn_out"], rules="relp"), exact)
+    assert found.agreement.table.pearson["attn_out"] == pytest.approx(table.pearson["attn_out"], abs=1e-5)
+    assert found.agreement.n_checked == found.agreement.n_places
+    assert found.attrs["rules"] == "relp"
+    text = found.text()
+    assert "approximate effects, rules relp (base)" in text
+    assert "relative_error" in text
+
+
+def test_exact_maps_need_no_check(found):
+    assert found.agreement is None
+    assert "agreement" not in found.text()
+
+
+def test_both_directions_are_one_question(tiny):
+    model, pairs = tiny("gpt2"), small_pairs(n=3)
+    there, back, both = (discover(model, pairs, direction=d, top_heads=0).nodes for d in ("denoise", "noise", "both"))
+    np.testing.assert_allclose(both, (there - back) / 2, rtol=1e-5, atol=1e-7)
+    assert "the clean value helps" in both.attrs["sign"]

@@ -188,3 +188,13 @@ def test_the_same_discovery_gives_the_same_page(found):
 def test_the_report_needs_no_folder_of_its_own(found, tmp_path):
     found.report(str(tmp_path / "report.html"))
     assert [p.name for p in Path(tmp_path).iterdir()] == ["report.html"]
+
+
+def test_an_approximate_map_says_how_far_it_is_off(tiny):
+    exact, page = (render(discover(tiny("gpt2"), small_pairs(), rules=rules)) for rules in (None, "secant"))
+    assert "How far to trust this map" not in exact
+    text = Page(page).text
+    assert "How far to trust this map" in text
+    assert "estimates from one backward pass by the rules secant" in text
+    assert "agreement with exact patching on all" in text
+    assert "relative error" in text
