@@ -51,6 +51,10 @@ METHODS: dict[str, tuple[str, Method]] = {
     ),
     "site secants": ("1 row per layer and site", lambda *a, **k: interp.site_secants(*a, **k)),
     "site secants, 3 groups": ("3 rows per layer and site", lambda *a, **k: interp.site_secants(*a, groups=3, **k)),
+    "site secants, 3 groups, head by head": (
+        "3 rows per layer and site or head",
+        lambda *a, **k: interp.site_secants(*a, groups=3, each_unit=True, **k),
+    ),
 }
 
 

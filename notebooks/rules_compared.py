@@ -119,9 +119,9 @@ for groups in (1, 3):
     )
 
 # %% [markdown]
-# Single heads stay the hard case: heads of one layer that do the same are moved together and share the effect, where exact
-# patching moves one and lets the others stand. Where effects are small, the plain gradient is the best ranking there is: it
-# is exact to first order, which no LRP rule is.
+# Single heads are the hard case of one pass: heads of one layer that do the same, or undo one another, share their effect,
+# where exact patching moves one and lets the others stand. And where effects are small the plain gradient at the run that is
+# patched is the best ranking one pass can give: it is exact to first order *there*, which no LRP rule is.
 #
 # ## Everything
 #

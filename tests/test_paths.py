@@ -9,7 +9,8 @@ from interp.errors import OptionError, RulesError
 from interp.exact import exact_effects
 from interp.interventions import Patch
 from interp.metrics import get_metric
-from interp.paths import position_groups, quadrature_points
+from interp.paths import quadrature_points
+from interp.site_rows import position_groups
 from tests.families import FAMILIES
 from tests.small_pairs import refused, sites_of, small_pairs
 
@@ -116,6 +117,15 @@ def test_with_one_position_per_group_every_secant_is_exact(tiny):
             np.testing.assert_allclose(found[site], exact[site], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("site", ["head", "k", "pattern", "neuron"])
+def test_unit_by_unit_and_position_by_position_nothing_is_left_to_share(tiny, site):
+    model, pairs = tiny("llama3", DOUBLE), small_pairs(2, 4)
+    neurons = [f"m{layer}.n{n}" for layer in range(3) for n in (0, 5)] if site == "neuron" else None
+    found = site_secants(model, pairs, site, groups=4, each_unit=True, neurons=neurons)
+    exact = activation_patching(model, pairs, site, neurons=neurons)
+    np.testing.assert_allclose(found, exact, rtol=1e-8, atol=1e-9 * float(np.abs(exact).max()))
+
+
 def test_of_the_whole_stream_the_sites_secant_is_the_runs(tiny):
     """Patching the whole stream gives the other run, so the two kinds of secant lie between the same runs."""
     model, pairs = tiny("llama", DOUBLE), small_pairs(2, 6)
@@ -216,6 +226,7 @@ def test_several_metrics_and_attributes(tiny):
         (integrated_gradients, {"quadrature": "simpson"}, OptionError, "'simpson' is not a quadrature"),
         (integrated_gradients, {"path": "straight"}, OptionError, "'straight' is not a path"),
         (integrated_gradients, {"groups": 2}, OptionError, 'for path="activation"'),
+        (integrated_gradients, {"each_unit": True}, OptionError, 'for path="activation"'),
         (site_secants, {"groups": 0}, OptionError, "at least 1 group, not 0"),
         (site_secants, {"rules": "relp"}, RulesError, "follows secant rules, not 'relp'"),
         (site_secants, {"direction": "up"}, OptionError, "'up' is not a direction"),
