@@ -52,14 +52,14 @@ def compare(
         resamples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_resamples)
         a, e = (x.transpose("prompt", ...).values.reshape(n, -1).astype(np.float64) for x in (array, other))
         rows[name] = _agreement(a, e, _noise(other), k, resamples, confidence)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("site")
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("site").astype({"n": int})
 
 
 def agreement_text(table: pd.DataFrame) -> str:
     """A table of `compare` for a terminal: each statistic with its interval."""
     cell = lambda row, s: f"{row[s]:.3f} [{row[f'{s}_low']:.2f}, {row[f'{s}_high']:.2f}]"  # noqa: E731
     shown = pd.DataFrame({s: [cell(row, s) for _, row in table.iterrows()] for s in STATISTICS}, index=table.index)
-    return shown.assign(places=table.n.astype(int)).reset_index().to_string(index=False)
+    return shown.assign(places=table.n).reset_index().to_string(index=False)
 
 
 def _by_site(scores: xr.DataArray | xr.Dataset) -> dict[str, xr.DataArray]:
@@ -96,7 +96,7 @@ def _agreement(
             "relative_error": np.sqrt((weights @ ((a - e) ** 2).sum(1)) / (weights @ (e**2).sum(1))),
             "sign": right / places,
         }
-    row: dict[str, float] = {"n": int(can_change.sum())}
+    row = {"n": float(can_change.sum())}
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     for name in STATISTICS:
         drawn = found[name][1:][np.isfinite(found[name][1:])]

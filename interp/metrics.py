@@ -58,8 +58,7 @@ class Metric:
 
         numbers: what the prompts are called in that sentence (default: 0, 1, ...).
         """
-        if "wrong_answers" in self.needs and pairs.wrong_answers is None:
-            raise MetricError(f"metric {self.name} needs wrong answers, and these pairs have none")
+        self._check_answers(pairs)
         if "clean_logits" in self.needs and clean_logits is None:
             raise MetricError(f"metric {self.name} needs the logits of the clean run")
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -67,6 +66,10 @@ class Metric:
         if values.shape != (len(pairs),):
             raise MetricError(f"metric {self.name} returned shape {tuple(values.shape)}, not one value per prompt")
         return self.check(values, numbers)
+
+    def _check_answers(self, pairs: "PromptPairs") -> None:
+        if "wrong_answers" in self.needs and pairs.wrong_answers is None:
+            raise MetricError(f"metric {self.name} needs wrong answers, and these pairs have none")
 
     def check(self, values: Values, numbers: Int[Tensor, " prompt"] | None = None) -> Values:
         """The values, if all are finite; `MetricError` naming the prompts otherwise."""
@@ -78,6 +81,7 @@ class Metric:
 
     def weights(self, pairs: "PromptPairs", n_columns: int) -> Float[Tensor, "prompt column"]:
         """Of a linear metric: what each logit counts for, by its gradient."""
+        self._check_answers(pairs)
         with torch.enable_grad():
             logits = torch.zeros(
                 len(pairs), n_columns, dtype=torch.float64, device=pairs.clean.device, requires_grad=True
@@ -91,6 +95,7 @@ class Metric:
 
         `MetricError` if the metric has no gradient there, or no slope between runs.
         """
+        self._check_answers(pairs)
         wide = torch.promote_types(logits.dtype, torch.float32)
         logits, clean_logits = logits.to(wide), None if clean_logits is None else clean_logits.to(wide)
         if other is not None and not self.linear:

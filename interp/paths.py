@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from interp.directions import BASES, SIDES, Direction, Side, other_side
 from interp.errors import OptionError, RulesError, one_of
 from interp.grids import Positions
-from interp.model.run import logits_at, record, run_at
+from interp.model.run import canonical, logits_at, record, run_at
 from interp.model.transformer import Transformer
 from interp.rules import GRADIENT, Rules, get_rules
 from interp.sheet import AnyMetric, ScoreSheet, contract
@@ -150,10 +150,7 @@ def _fill(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill a sheet batch by batch of prompts, as many as fit into memory; the metric of both runs over all prompts."""
     model, pairs = sheet.model, sheet.pairs
-    if not isinstance(model, Transformer):
-        raise RulesError(
-            f"{title} run single layers, which a {type(model).__name__} does not: load the model with load_model"
-        )
+    canonical(model, title.capitalize())
     row = graph_numbers_per_token(model.cfg, pairs.clean.shape[1]) * pairs.clean.shape[1] * model.W_E.element_size()
     size = max(1, memory_limit(model.device, max_memory) // (row * rows_per_prompt))
     unpatched: list[dict[Side, Tensor]] = []

@@ -45,7 +45,7 @@ def heatmap(effects: xr.DataArray, *, title: str | None = None, limit: float | N
     )  # fmt: skip
     figure.update_xaxes(_ticks(x, x_labels, rotate=x in ("position", "source")))
     figure.update_yaxes(_ticks(y, y_labels))
-    return _finish(figure, title, height=max(310, 170 + 26 * len(y_labels)), plot_bgcolor=GREY)
+    return finish(figure, title, height=max(310, 170 + 26 * len(y_labels)), plot_bgcolor=GREY)
 
 
 def axis_labels(array: xr.DataArray, dim: str) -> list[str]:
@@ -72,13 +72,16 @@ def _hover(mean: xr.DataArray, y_labels: list[str], x_labels: list[str]) -> np.n
     unit = mean.attrs.get("unit", "")
     return np.array(
         [
-            [f"{y} {_text(a)}, {x} {_text(b)}<br>{value:+.4g} {unit}" for b, value in zip(x_labels, row, strict=True)]
+            [
+                f"{y} {drawn_text(a)}, {x} {drawn_text(b)}<br>{value:+.4g} {unit}"
+                for b, value in zip(x_labels, row, strict=True)
+            ]
             for a, row in zip(y_labels, mean.values, strict=True)
         ]
     )
 
 
-def _text(label: str) -> str:
+def drawn_text(label: str) -> str:
     """Prompt text is data: plotly would read tags in it as markup."""
     return label.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -86,7 +89,7 @@ def _text(label: str) -> str:
 def _ticks(dim: str, labels: list[str], rotate: bool = False) -> dict:
     return {
         "title": {"text": _AXIS_TITLES.get(dim, dim)}, "tickmode": "array", "tickvals": list(range(len(labels))),
-        "ticktext": [_text(label) for label in labels], "tickangle": -50 if rotate else 0, "showgrid": False,
+        "ticktext": [drawn_text(label) for label in labels], "tickangle": -50 if rotate else 0, "showgrid": False,
         "zeroline": False,
     }  # fmt: skip
 
@@ -108,7 +111,7 @@ def ranking_bars(ranking: pd.DataFrame, attrs: dict, *, n: int = 20, title: str 
     )  # fmt: skip
     figure.update_xaxes(title=f"{', '.join(_score(attrs))}; mean and 95 % interval over prompts")
     figure.update_yaxes(title="component", type="category")
-    return _finish(figure, title, height=140 + 22 * len(top))
+    return finish(figure, title, height=140 + 22 * len(top))
 
 
 def faithfulness_curve(curve: xr.Dataset, baseline: xr.Dataset | None = None, *, title: str | None = None) -> go.Figure:
@@ -134,10 +137,11 @@ def faithfulness_curve(curve: xr.Dataset, baseline: xr.Dataset | None = None, *,
         title=f"components kept (of {curve.attrs['n_nodes']}); the rest: {curve.attrs['ablation']} ablation"
     )
     figure.update_yaxes(title=f"recovered {curve.attrs['metric']} (1 = clean, 0 = corrupt)", tickformat=".0%")
-    return _finish(figure, title, height=400)
+    return finish(figure, title, height=400)
 
 
-def _finish(figure: go.Figure, title: str | None, *, height: int, plot_bgcolor: str = "white") -> go.Figure:
+def finish(figure: go.Figure, title: str | None, *, height: int, plot_bgcolor: str = "white") -> go.Figure:
+    """The house's fonts, margins and colours."""
     return figure.update_layout(
         template="plotly_white", title=title, height=height, plot_bgcolor=plot_bgcolor, font={"color": INK, "size": 12},
         margin={"l": 70, "r": 20, "t": 50 if title else 36, "b": 60}, legend={"orientation": "h", "y": 1.08},

@@ -55,7 +55,7 @@ class ScoreSheet:
         return {grid.site.hook(layer): grid.site for grid in self.grids for layer in range(self.cfg.n_layers)}
 
     def add(
-        self, values: Sequence[Float[Tensor, "metric prompt cell"]], unpatched: Mapping[Side, Float[Tensor, "metric prompt"]]
+        self, values: Sequence[Float[Tensor, "metric prompt _"]], unpatched: Mapping[Side, Float[Tensor, "metric prompt"]]
     ) -> None:  # fmt: skip
         """One batch of prompts: for each grid its scores, cells in the grid's order; and the metrics of both runs."""
         for column, value in zip(self._values, values, strict=True):

@@ -61,7 +61,7 @@ class SiteRows:
         return (self.base[name] + share * self.change[name] * self.parts(name)).flatten(0, 1)
 
     def run(
-        self, layer: int, values: Mapping[str, Float[Tensor, "row ..."]], rules: Rules
+        self, layer: int, values: Mapping[str, Float[Tensor, "_ ..."]], rules: Rules
     ) -> Float[Tensor, "row d_vocab"]:
         """Logits of the base run from this layer on, in the rows of all sites one after the other.
 

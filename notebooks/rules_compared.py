@@ -108,15 +108,13 @@ for direction in ("denoise", "both"):
 # ## A few passes more
 #
 # One pass answers for all places at once, and so takes the whole of both runs for granted. `site_secants` gives each site of
-# each layer a row of its own; with `groups`, neighbouring positions no longer move together. It costs one row per layer, site
-# and group, and is nearly exact.
+# each layer a row of its own; with `groups`, neighbouring positions no longer move together, and with `each_unit` neither do
+# heads. It costs one row per layer, site, group (and head), and is nearly exact.
 
 # %%
-for groups in (1, 3):
-    found = compare(site_secants(model, pairs, SITES, groups=groups), exact)
-    print(
-        f"groups={groups}", found[["pearson", "relative_error", "spearman"]].round(3).to_string(), sep="\n", end="\n\n"
-    )
+for options in ({}, {"groups": 3}, {"groups": 3, "each_unit": True}):
+    found = compare(site_secants(model, pairs, SITES, **options), exact)
+    print(options, found[["pearson", "relative_error", "spearman"]].round(3).to_string(), sep="\n", end="\n\n")
 
 # %% [markdown]
 # Single heads are the hard case of one pass: heads of one layer that do the same, or undo one another, share their effect,
@@ -130,5 +128,5 @@ for groups in (1, 3):
 
 # %%
 stories = Path(interp.__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260k"
-rows = [row for model, pairs in cases(n=8, stories=stories) for row in rows_of(model, pairs, ["denoise"])]
+rows = [row for model, pairs in cases(n=4, stories=stories) for row in rows_of(model, pairs, ["denoise"])]
 print(summary(rows, "denoise"))

@@ -14,12 +14,15 @@ BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", README.read_text(encoding="utf-
 COMMANDS = [line.split("#")[0] for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 
 
-def test_python_example_runs(tmp_path, monkeypatch, capsys):
+def test_python_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = (block for kind, block in BLOCKS if kind == "python")
-    exec(compile(example, "README.md", "exec"), {})
+    names: dict = {}
+    for kind, block in BLOCKS:
+        if kind == "python":
+            exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "ioi.html").stat().st_size > 100_000
-    assert "position" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("position", "relative_error", "agreement with exact patching", "norm_scale"))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("interp ")])

@@ -4,18 +4,27 @@ Hook-only analyses (exact patching by hooks, caching) need no more than hook poi
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.errors import UnsupportedModel
 from interp.model.config import ModelConfig
 from interp.model.transformer import Transformer
 from interp.rules import Rules
 
-Hooks = list[tuple[str, Any]]
+Hooks = Sequence[tuple[str, Any]]
+
+
+def canonical(model, what: str) -> None:
+    """Raise `UnsupportedModel` if this is not a model from `load_model`; what: the analysis that needs one."""
+    if not isinstance(model, Transformer):
+        raise UnsupportedModel(
+            f"{what} needs a model's own layers, and a {type(model).__name__} has others: load the model with load_model"
+        )
 
 
 def config_of(model) -> ModelConfig:
