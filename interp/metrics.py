@@ -143,23 +143,32 @@ def _among(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Logits:
     return chosen.scatter(1, tokens.masked_fill(tokens < 0, logits.shape[1]), 1)[:, :-1]
 
 
-def _log_sum_slope(a: Logits, b: Logits, among: Logits | float = 1.0) -> Logits:
-    """Slope of log(sum of exp) over some of the logits: that of log between the two sums, times that of exp."""
-    log_a, log_b = ((x + torch.as_tensor(among, dtype=x.dtype).log()).logsumexp(-1, keepdim=True) for x in (a, b))
-    return secants.log_slope(log_a, log_b) * secants.exp_slope(a, b) * among
+def _mean_shares(a: Logits, b: Logits, among: Logits | None = None) -> Logits:
+    """Logarithmic mean of both runs' probabilities, of all tokens or among some of them.
+
+    It is the slope of a probability with respect to its logarithm, and like a softmax it is bounded and blind to what is
+    added to all logits of a run.
+    """
+    if among is not None:
+        a, b = (x.masked_fill(among == 0, -torch.inf) for x in (a, b))
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    return torch.maximum(log_p, log_q).exp() * secants.decay((log_p - log_q).abs().nan_to_num(0.0))
+
+
+def _log_sum_slope(a: Logits, b: Logits, among: Logits | None = None) -> Logits:
+    """Of the log of the sum of exp: the p sum to 1 in both runs, so d(log sum) = sum(L dx) / sum(L)."""
+    mean = _mean_shares(a, b, among)
+    return mean / mean.sum(-1, keepdim=True)
+
+
+def _mass_slope(a: Logits, b: Logits, tokens: Int[Tensor, "prompt answer"]) -> Logits:
+    """Of the tokens' probability: dp = L (dx - sum(L dx) / sum(L)), summed over the tokens."""
+    mean, among = _mean_shares(a, b), _among(a, tokens)
+    return mean * (among - (mean * among).sum(-1, keepdim=True) / mean.sum(-1, keepdim=True))
 
 
 def _log_probability_slope(a, b, pairs, clean):
     return _log_sum_slope(a, b, _among(a, pairs.answers)) - _log_sum_slope(a, b)
-
-
-def _mass_slope(a: Logits, b: Logits, tokens: Int[Tensor, "prompt answer"]) -> Logits:
-    """Slope of the tokens' probability, as their exp's sum times 1 / Z."""
-    a, b = (x - torch.maximum(a, b).amax(-1, keepdim=True) for x in (a, b))
-    among, e = _among(a, tokens), secants.exp_slope(a, b)
-    z_a, z_b = a.exp().sum(-1, keepdim=True), b.exp().sum(-1, keepdim=True)
-    mass = ((a.exp() + b.exp()) * among).sum(-1, keepdim=True) / 2
-    return e * (among * (1 / z_a + 1 / z_b) / 2 - mass / (z_a * z_b))
 
 
 def _kl_slope(a, b, pairs, clean):

@@ -125,26 +125,32 @@ def backward_scores(
     found: dict[str, list[Tensor]] = {name: [] for name in sites}
     roots: list[Tensor] = []
 
-    def keep(value: Tensor, hook) -> None:
-        there[hook.name] = value
+    def keep(name: str):
+        def hook_function(value: Tensor, hook) -> None:
+            there[name] = value
 
-    def watch(value: Tensor, hook) -> Tensor:
-        name, site, change = hook.name, sites[hook.name], there.pop(hook.name) - value.detach()
-        if rules.reaches(site.name):
-            value.register_hook(lambda g: found[name].append(contract(site, g, change).cpu() * sign))
-        else:
-            found[name] = [contract(site, change, torch.zeros_like(change)).cpu()] * len(metrics)
-        return value  # a TransformerBridge's hooks may see a copy, which is in the graph only if handed back
+        return name, hook_function
+
+    def watch(name: str, site: Site):
+        def hook_function(value: Tensor, hook) -> Tensor:
+            change = there.pop(name) - value.detach()
+            if rules.reaches(site.name):
+                value.register_hook(lambda g: found[name].append(contract(site, g, change).cpu() * sign))
+            else:
+                found[name] = [contract(site, change, torch.zeros_like(change)).cpu()] * len(metrics)
+            return value  # a TransformerBridge's hooks may see a copy, which is in the graph only if handed back
+
+        return name, hook_function
 
     def cut(value: Tensor, hook) -> Tensor:
         roots.append(value.detach().requires_grad_())
         return roots[0]
 
     with torch.no_grad():
-        hooks: Hooks = [*pairs.hooks(other), *((name, keep) for name in sites)]
+        hooks: Hooks = [*pairs.hooks(other), *map(keep, sites)]
         logits = {other: run_at(model, pairs.tokens(other), pairs.read_at, hooks, rules=recording)}
     with torch.enable_grad():
-        hooks = [*pairs.hooks(side), ("hook_embed", cut), *((name, watch) for name in sites)]
+        hooks = [*pairs.hooks(side), ("hook_embed", cut), *(watch(*item) for item in sites.items())]
         bound = rules if recording is None else recording.against()
         end = run_at(model, pairs.tokens(side), pairs.read_at, hooks, rules=bound)
     logits[side] = end.detach()

@@ -79,8 +79,8 @@ class Rules:
     def __post_init__(self) -> None:
         for switch, allowed in SETTINGS.items():
             one_of(getattr(self, switch), allowed, f"setting of {switch}", RulesError)
-        if not self.temperature > 0:
-            raise RulesError(f"the softmax's temperature must be positive, not {self.temperature}")
+        if not 0 < self.temperature < float("inf"):
+            raise RulesError(f"the softmax's temperature must be a positive number, not {self.temperature}")
         if self.temperature != 1 and self.pattern != "exact":
             raise RulesError(f'a temperature goes with pattern="exact", not with pattern={self.pattern!r}')
 

@@ -141,6 +141,120 @@ def test_half_precision_logits_are_scored_in_float32(dtype):
     assert METRICS["logit_diff"](logits.double(), pairs).dtype == torch.float64
 
 
+# ---------------------------------------------------------------------------------------------------------- multipliers
+
+DIFFERENTIABLE = [name for name in METRICS if name != "accuracy"]
+
+
+def three_runs(
+    size: float, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PromptPairs]:
+    """Logits of two runs and of a clean one, with one to three answers per prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b, clean = size * torch.randn(3, 3, VOCABULARY, generator=generator, dtype=torch.float64).to(dtype)
+    return a, b, clean, pairs_of([[1], [2, 3], [0, 4, 5]], [[2], [4], [1, 6]])
+
+
+def assert_carries_the_difference(name: str, a, b, clean, pairs) -> None:
+    """Sum of m (a - b) == metric(a) - metric(b), to what rounding the logits themselves leaves of it."""
+    metric, (wide_a, wide_b, wide_clean) = METRICS[name], (x.double() for x in (a, b, clean))
+    carried = (metric.multipliers(a, pairs, clean, b).double() * (wide_a - wide_b)).sum(1)
+    here, there = (metric(x, pairs, wide_clean) for x in (wide_a, wide_b))
+    largest, apart = torch.stack([wide_a, wide_b]).abs().max(), (wide_a - wide_b).abs().max()
+    allowed = 20 * torch.finfo(a.dtype).eps * (1 + largest) * apart.clamp_max(1) + 1e-15 * (
+        1 + here.abs() + there.abs()
+    )
+    assert torch.isfinite(carried).all()
+    assert ((carried - (here - there)).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@given(case=scored(), other=scored())
+@settings(max_examples=50, deadline=None)
+def test_multipliers_between_two_runs_carry_the_metrics_difference(name, case, other):
+    logits, pairs, clean = case
+    assert_carries_the_difference(name, logits, other[0][:1].expand_as(logits), clean, pairs)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 10.0, 50.0])
+def test_they_do_so_where_logits_differ_hardly_or_by_fifty(name, dtype, size):
+    for seed in range(10):
+        a, b, clean, pairs = three_runs(size, dtype, seed)
+        assert_carries_the_difference(name, a, b, clean, pairs)
+
+
+@pytest.mark.parametrize("name", ["probability", "probability_diff"])
+@pytest.mark.parametrize("size", [1.0, 10.0, 50.0])
+def test_a_probability_between_zero_and_one_has_multipliers_no_larger(name, size):
+    for seed in range(10):
+        a, b, clean, pairs = three_runs(size, torch.float64, seed)
+        assert METRICS[name].multipliers(a, pairs, clean, b).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(("level_a", "level_b"), [(-100.0, -100.0), (100.0, 100.0), (-100.0, 0.0)])
+def test_the_level_of_the_logits_does_not_matter(name, level_a, level_b):
+    a, b, clean, pairs = three_runs(3.0, torch.float32)
+    assert_carries_the_difference(name, a + level_a, b + level_b, clean, pairs)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("step", [0.0, 1e-8])
+def test_multipliers_between_runs_that_hardly_differ_are_the_gradient(name, step):
+    a, b, clean, pairs = three_runs(2.0, torch.float64)
+    gradient = METRICS[name].multipliers(a, pairs, clean)
+    by_hand = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(METRICS[name](by_hand, pairs, clean).sum(), by_hand)
+    assert torch.equal(gradient, expected)
+    torch.testing.assert_close(METRICS[name].multipliers(a, pairs, clean, a + step * b), gradient, rtol=1e-6, atol=1e-7)
+    assert not METRICS[name].multipliers(a, pairs, clean).requires_grad
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_multipliers_do_not_know_which_run_came_first(name):
+    a, b, clean, pairs = three_runs(4.0, torch.float64)
+    there = METRICS[name].multipliers(b, pairs, clean, a)
+    torch.testing.assert_close(METRICS[name].multipliers(a, pairs, clean, b), there, rtol=1e-11, atol=1e-13)
+
+
+def test_multipliers_of_a_linear_metric_are_its_weights():
+    a, b, clean, pairs = three_runs(4.0, torch.float64)
+    for name in ("logit_diff", "answer_logit"):
+        weights = METRICS[name].weights(pairs, VOCABULARY)
+        for found in (METRICS[name].multipliers(a, pairs), METRICS[name].multipliers(a, pairs, clean, b)):
+            torch.testing.assert_close(found, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_multipliers_of_half_precision_logits_are_formed_in_float32(name, dtype):
+    a, b, clean, pairs = three_runs(2.0, dtype)
+    for other in (None, b):
+        found = METRICS[name].multipliers(a, pairs, clean, other)
+        wide = METRICS[name].multipliers(a.float(), pairs, clean.float(), None if other is None else other.float())
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wide)
+
+
+def test_what_has_no_multipliers_says_so():
+    a, b, clean, pairs = three_runs(2.0, torch.float32)
+    with pytest.raises(MetricError, match="accuracy has no gradient; use logit_diff or patch exactly"):
+        METRICS["accuracy"].multipliers(a, pairs)
+    mine = get_metric(lambda logits: logits[:, 0].square())
+    assert torch.equal(mine.multipliers(a, pairs)[:, 0], 2 * a[:, 0])
+    for metric, name in ((mine, "<lambda>"), (METRICS["accuracy"], "accuracy")):
+        with pytest.raises(
+            MetricError, match=f"{name} has no secant between two runs; use logit_diff or one-run rules"
+        ):
+            metric.multipliers(a, pairs, None, b)
+    kl = METRICS["kl_divergence"]
+    with pytest.raises(MetricError, match="gradient of kl_divergence is zero in the clean run"):
+        kl.multipliers(clean, pairs, clean)
+    assert (kl.multipliers(clean, pairs, clean, a) != 0).all()
+
+
 # ---------------------------------------------------------------------------------------------------------- callables
 
 

@@ -65,7 +65,7 @@ def _twice_u(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_slope(a: Tensor, b: Tensor) -> Tensor:
-    inner = (a * a).add_(b * b).addcmul_(a, b).mul_(0.044715 * _TWICE).add_(_TWICE)  # of 2u, which is a polynomial
+    inner = (a + b).square_().sub_(a * b).mul_(0.044715 * _TWICE).add_(_TWICE)  # of 2u, a polynomial
     return secants.swish_slope(a, b, _twice_u(a), _twice_u(b), inner)
 
 
