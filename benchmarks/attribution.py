@@ -79,7 +79,7 @@ def measure(name: str, options) -> list[dict]:
         found = ours["head_out" if site == "head" else site].values
         np.testing.assert_allclose(found, by_hand[site], atol=1e-4 * np.abs(by_hand[site]).max(), err_msg=site)
     jobs = {"plain autograd": lambda: plain(model, pairs)}
-    jobs |= {rules: lambda rules=rules: attribution(model, pairs, SITES, rules=rules) for rules in RULES}
+    jobs |= {rules: lambda rules=rules: attribution(model, pairs, SITES, rules=rules) for rules in options.rules}
     took: dict[str, list[float]] = {job: [] for job in jobs}
     for turn in range(options.repeats + 1):
         for job, run in jobs.items():
@@ -103,6 +103,7 @@ def measure(name: str, options) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="*", default=["mini-gpt2", "gpt2-small-shape"])
+    parser.add_argument("--rules", nargs="*", default=list(RULES))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
