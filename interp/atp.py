@@ -73,7 +73,9 @@ def atp_star(
         # a place that is many cells together is added up before its size is taken
         sizes = [sum(at_grid(grid, scores, chunk).abs() for scores in passes) for grid in sheet.grids]
         sheet.add([share * size for size in sizes], unpatched)
-    result = sheet.result("atp_star", rules="gradient", grad_drop=int(grad_drop), qk="softmax recomputed")
+    result = sheet.result(
+        "atp_star", rules="gradient", gradient_at="base", grad_drop=int(grad_drop), qk="softmax recomputed"
+    )
     if grad_drop:
         for array in (result, *(result.data_vars.values() if isinstance(result, xr.Dataset) else ())):
             array.attrs["aggregation"] = "mean absolute over dropped layers"

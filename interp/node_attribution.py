@@ -135,9 +135,9 @@ def backward_scores(
         def hook_function(value: Tensor, hook) -> Tensor:
             change = there.pop(name) - value.detach()
             if rules.reaches(site.name):
-                value.register_hook(lambda g: found[name].append(contract(site, g, change).cpu() * sign))
+                value.register_hook(lambda g: found[name].append(contract(site, g, change)))
             else:
-                found[name] = [contract(site, change, torch.zeros_like(change)).cpu()] * len(metrics)
+                found[name] = [contract(site, change, torch.zeros_like(change))] * len(metrics)
             return value  # a TransformerBridge's hooks may see a copy, which is in the graph only if handed back
 
         return name, hook_function
@@ -160,4 +160,4 @@ def backward_scores(
     if silent := [name for name, scores in found.items() if len(scores) != len(metrics)]:
         raise PatchError(f"no gradient arrived at {silent[0]}")
     unpatched = {s: torch.stack([metric(logits[s], pairs, logits["clean"]) for metric in metrics]).cpu() for s in SIDES}
-    return Multipliers({name: torch.stack(scores) for name, scores in found.items()}, unpatched)
+    return Multipliers({name: sign * torch.stack(scores).cpu() for name, scores in found.items()}, unpatched)

@@ -74,7 +74,7 @@ def integrated_gradients(
         normalize=normalize,
     )
     about = {"path": path, "steps": steps, "quadrature": quadrature, "groups": groups,
-             "each_unit": int(each_unit), "rules": "gradient"}  # fmt: skip
+             "each_unit": int(each_unit), "rules": "gradient", "gradient_at": "path"}  # fmt: skip
     gaps = []
 
     def one_way(chunk: PromptPairs, side: Side) -> dict[str, Tensor]:
@@ -125,7 +125,8 @@ def site_secants(
 
     rows = sum(n_parts(grid.site, sheet.cfg, groups, each_unit) for grid in sheet.grids)
     _fill(sheet, one_way, rows, max_memory, progress, "site secants")
-    return sheet.result("site_secants", rules=rules.name, groups=groups, each_unit=int(each_unit))
+    where = "between base and base with the site patched"
+    return sheet.result("site_secants", rules=rules.name, gradient_at=where, groups=groups, each_unit=int(each_unit))
 
 
 def quadrature_points(steps: int, kind: str) -> Line:

@@ -70,7 +70,7 @@ def token_relevance(
     sign = f"share of {explained}: positive means the token raises it"
     attrs = about(
         "token_relevance", model, pairs, metric, run, sign, rules=rules.name, switches=str(rules.settings()),
-        absolute_positions=int(absolute_positions),
+        gradient_at="between the runs" if rules.symmetric else run, absolute_positions=int(absolute_positions),
     )  # fmt: skip
     residual = whole - other - relevance.sum(1)
     return _by_token(
