@@ -58,15 +58,8 @@ def attribution(
     rules = get_rules(rules)
     rules.check(model)
     sheet = ScoreSheet(
-        model,
-        pairs,
-        sites,
-        metric=metric,
-        direction=direction,
-        positions=positions,
-        neurons=neurons,
-        normalize=normalize,
-    )
+        model, pairs, sites, metric=metric, direction=direction, positions=positions, neurons=neurons, normalize=normalize
+    )  # fmt: skip
     zero = refuse_unreached(rules, sheet.names)
     points, sign = gradient_points(rules, direction, at), -1 if direction == "noise" else 1
     for chunk in pairs.chunks(batch_size):

@@ -64,15 +64,8 @@ def integrated_gradients(
         raise OptionError('groups and each_unit are for path="activation"')
     line = quadrature_points(steps, quadrature)
     sheet = ScoreSheet(
-        model,
-        pairs,
-        sites,
-        metric=metric,
-        direction=direction,
-        positions=positions,
-        neurons=neurons,
-        normalize=normalize,
-    )
+        model, pairs, sites, metric=metric, direction=direction, positions=positions, neurons=neurons, normalize=normalize
+    )  # fmt: skip
     about = {"path": path, "steps": steps, "quadrature": quadrature, "groups": groups,
              "each_unit": int(each_unit), "rules": "gradient", "gradient_at": "path"}  # fmt: skip
     gaps = []
@@ -110,15 +103,8 @@ def site_secants(
     if not rules.symmetric:
         raise RulesError(f"site_secants follows secant rules, not {rules.name!r}")
     sheet = ScoreSheet(
-        model,
-        pairs,
-        sites,
-        metric=metric,
-        direction=direction,
-        positions=positions,
-        neurons=neurons,
-        normalize=normalize,
-    )
+        model, pairs, sites, metric=metric, direction=direction, positions=positions, neurons=neurons, normalize=normalize
+    )  # fmt: skip
 
     def one_way(chunk: PromptPairs, side: Side) -> dict[str, Tensor]:
         return _secants_of_sites(SiteRows(model, chunk, sheet, side, groups=groups, each_unit=each_unit), rules)
