@@ -62,9 +62,10 @@ def colour_title(attrs: dict) -> str:
 
 
 def _score(attrs: dict) -> list[str]:
-    base = {"denoise": "corrupt", "noise": "clean"}.get(attrs.get("direction"), "base")
+    changes = {"denoise": "patched − corrupt", "noise": "patched − clean", "both": "with − without the clean value"}
     unit = f" ({attrs['unit']})" if attrs.get("unit") else ""
-    return [f"{attrs.get('metric', 'effect')}{unit}", f"patched − {base}"]
+    estimated = "estimated " if "rules" in attrs else ""
+    return [f"{attrs.get('metric', 'effect')}{unit}", estimated + changes.get(attrs.get("direction"), "patched − base")]
 
 
 def _hover(mean: xr.DataArray, y_labels: list[str], x_labels: list[str]) -> np.ndarray:

@@ -86,8 +86,11 @@ def _header(d: Discovery, title: str) -> str:
     )
     boxes = "".join(f'<div class="tile"><b>{value}</b>{html.escape(name)}</div>' for name, value in tiles)
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in d.notes)
+    method = (
+        "Exact activation patching" if d.agreement is None else "Activation patching, estimated from one backward pass"
+    )
     return (
-        f"<h1>{html.escape(title)}</h1><p class='lead'>Exact activation patching, direction <b>{a['direction']}</b>: "
+        f"<h1>{html.escape(title)}</h1><p class='lead'>{method}, direction <b>{a['direction']}</b>: "
         f"{_DIRECTIONS[a['direction']]} A score is {html.escape(a['metric'])} after the patch minus before it"
         f"{', in ' + html.escape(a['unit']) if a['unit'] else ''}.</p>"
         f"<div class='tiles'>{boxes}</div>{notes}{_prompts(d)}"

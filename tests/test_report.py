@@ -193,8 +193,13 @@ def test_the_report_needs_no_folder_of_its_own(found, tmp_path):
 def test_an_approximate_map_says_how_far_it_is_off(tiny):
     exact, page = (render(discover(tiny("gpt2"), small_pairs(), rules=rules)) for rules in (None, "secant"))
     assert "How far to trust this map" not in exact
+    assert "Exact activation patching, direction denoise" in Page(exact).text
+    assert "estimated patched − corrupt" not in exact
     text = Page(page).text
     assert "How far to trust this map" in text
     assert "estimates from one backward pass by the rules secant" in text
     assert "agreement with exact patching on all" in text
     assert "relative error" in text
+    assert "Activation patching, estimated from one backward pass, direction denoise" in text
+    assert "Exact activation patching" not in text
+    assert "estimated patched" in page
