@@ -118,11 +118,8 @@ class _SecantMatmul(Function):
 
 
 class _SecantSoftmax(Function):
-    """p = softmax(x), from dp = L (dx - dlogZ) with L = dp / dlog p, the logarithmic mean of both runs' p.
-
-    As the p sum to 1 in both runs, dlogZ = sum(L dx) / sum(L): softmax's own Jacobian with L in the place of p. What is
-    masked is -inf in both runs and has L = 0.
-    """
+    """p = softmax(x), from dp = L (dx - dlogZ) with L of `secants.probability_mean` and dlogZ = sum(L dx) / sum(L):
+    softmax's own Jacobian with L in the place of p. What is masked is -inf in both runs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
@@ -132,9 +129,7 @@ class _SecantSoftmax(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor):
-        log_p, other_log_p = (x.log_softmax(-1) for x in ctx.saved_tensors)
-        difference = (log_p - other_log_p).abs().nan_to_num(0.0)  # -inf - -inf is no number
-        mean = torch.maximum(log_p, other_log_p).exp() * secants.decay(difference)
+        mean = secants.probability_mean(*ctx.saved_tensors)
         along = (mean * g).sum(-1, keepdim=True) / mean.sum(-1, keepdim=True)
         return mean * (g - along), None
 

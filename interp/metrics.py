@@ -143,27 +143,17 @@ def _among(logits: Logits, tokens: Int[Tensor, "prompt answer"]) -> Logits:
     return chosen.scatter(1, tokens.masked_fill(tokens < 0, logits.shape[1]), 1)[:, :-1]
 
 
-def _mean_shares(a: Logits, b: Logits, among: Logits | None = None) -> Logits:
-    """Logarithmic mean of both runs' probabilities, of all tokens or among some of them.
-
-    It is the slope of a probability with respect to its logarithm, and like a softmax it is bounded and blind to what is
-    added to all logits of a run.
-    """
+def _log_sum_slope(a: Logits, b: Logits, among: Logits | None = None) -> Logits:
+    """Of the log of the sum of exp, over all tokens or among some of them: L / sum(L) (`secants.probability_mean`)."""
     if among is not None:
         a, b = (x.masked_fill(among == 0, -torch.inf) for x in (a, b))
-    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    return torch.maximum(log_p, log_q).exp() * secants.decay((log_p - log_q).abs().nan_to_num(0.0))
-
-
-def _log_sum_slope(a: Logits, b: Logits, among: Logits | None = None) -> Logits:
-    """Of the log of the sum of exp: the p sum to 1 in both runs, so d(log sum) = sum(L dx) / sum(L)."""
-    mean = _mean_shares(a, b, among)
+    mean = secants.probability_mean(a, b)
     return mean / mean.sum(-1, keepdim=True)
 
 
 def _mass_slope(a: Logits, b: Logits, tokens: Int[Tensor, "prompt answer"]) -> Logits:
     """Of the tokens' probability: dp = L (dx - sum(L dx) / sum(L)), summed over the tokens."""
-    mean, among = _mean_shares(a, b), _among(a, tokens)
+    mean, among = secants.probability_mean(a, b), _among(a, tokens)
     return mean * (among - (mean * among).sum(-1, keepdim=True) / mean.sum(-1, keepdim=True))
 
 

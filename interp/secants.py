@@ -71,6 +71,17 @@ def relu_squared_slope(a: Values, b: Values) -> Values:
     return (a.relu() + b.relu()) * relu_slope(a, b)
 
 
+def probability_mean(x: Float[Tensor, "... key"], other: Float[Tensor, "... key"]) -> Float[Tensor, "... key"]:
+    """Logarithmic mean L = dp / dlog p of two softmaxes p over the last axis: of a probability, its slope by its logarithm.
+
+    It is bounded by both and blind to what is added to a whole row of one run. As the p sum to 1 in both runs,
+    d(log of the sum of exp) = sum(L dx) / sum(L). What is -inf in both runs has L = 0.
+    """
+    log_p, log_q = x.log_softmax(-1), other.log_softmax(-1)
+    difference = (log_p - log_q).abs().nan_to_num(0.0)  # -inf - -inf is no number
+    return torch.maximum(log_p, log_q).exp() * decay(difference)
+
+
 def product_slope(slope: Values, value_a: Values, value_b: Values, a: Values, b: Values) -> Values:
     """Of x g(x), given g's slope and values at both points: x_mid slope + g_mid (an exact identity)."""
     return ((a + b) * slope + value_a + value_b) / 2

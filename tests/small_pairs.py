@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,12 @@ def small_pairs(
         strings = tuple(row[:k] for row, k in zip(strings, lengths, strict=True))
     options = {"wrong_answers": answers + 1, "token_strings": strings, "name": "random", **about}
     return PromptPairs(clean, corrupt, answers, **options)
+
+
+def with_other_padding(pairs: PromptPairs) -> PromptPairs:
+    """The same prompts with other tokens behind their ends."""
+    fill = lambda ids, token: torch.where(pairs.is_token, ids, token)  # noqa: E731
+    return replace(pairs, clean=fill(pairs.clean, 33), corrupt=fill(pairs.corrupt, 44))
 
 
 def sites_of(model) -> list[str]:

@@ -11,7 +11,7 @@ from interp import activation_patching, attribution
 from interp.errors import OptionError
 from interp.rules import RULES, get_rules
 from interp.sites import SITES
-from tests.small_pairs import sites_of, small_pairs
+from tests.small_pairs import sites_of, small_pairs, with_other_padding
 
 DOUBLE = torch.float64
 NEURONS = ["m2.n5", "m0.n3", "m2.n1", "m1.n7"]  # in no order
@@ -115,11 +115,7 @@ def test_batches_and_order_change_nothing(tiny, rules):
 
 def test_what_the_padding_holds_changes_nothing(tiny):
     pairs = small_pairs(n=2, lengths=[4, 6], seed=4)
-    other = dataclasses.replace(
-        pairs,
-        clean=torch.where(pairs.is_token, pairs.clean, 33),
-        corrupt=torch.where(pairs.is_token, pairs.corrupt, 44),
-    )
+    other = with_other_padding(pairs)
     for rules in ANY:
         mine, theirs = (attribution(tiny("llama3"), p, ["resid_pre", "pattern"], rules=rules) for p in (pairs, other))
         assert mine.equals(theirs)

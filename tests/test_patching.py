@@ -13,7 +13,7 @@ from interp.grids import position_labels, visible
 from interp.interventions import Patch, PatchedRuns
 from interp.metrics import METRICS, Metric
 from interp.patching import patch_nodes
-from tests.small_pairs import NEURONS, refused, sites_of, small_pairs
+from tests.small_pairs import NEURONS, refused, sites_of, small_pairs, with_other_padding
 
 # learned positions; GQA with scaled rotary; post-norms, soft-caps and windows; post-norm only; parallel
 FAMILIES = ("gpt2", "llama3", "gemma2", "olmo2", "pythia")
@@ -141,11 +141,7 @@ def test_a_padded_batch_is_its_prompts_one_by_one(tiny, family, positions):
 
 def test_what_the_padding_holds_changes_nothing(tiny):
     pairs = small_pairs(n=2, lengths=[4, 6], seed=4)
-    other = dataclasses.replace(
-        pairs,
-        clean=torch.where(pairs.is_token, pairs.clean, 33),
-        corrupt=torch.where(pairs.is_token, pairs.corrupt, 44),
-    )
+    other = with_other_padding(pairs)
     sites = ["resid_pre", "head", "pattern"]
     assert patching(tiny("llama3"), pairs, sites).equals(patching(tiny("llama3"), other, sites))
 
