@@ -26,6 +26,7 @@ from interp.model import ops
 from interp.model.run import Hooks, canonical
 from interp.model.transformer import Attention, Places, Transformer
 from interp.node_attribution import backward_scores
+from interp.precision import at_least_float32
 from interp.rules import GRADIENT
 from interp.secants import sigmoid_slope
 from interp.sheet import AnyMetric, ScoreSheet, at_grid
@@ -159,8 +160,8 @@ def softmax_effects(
     layer's own. A key serves all query heads of its group.
     """
     rotation = None if attn.rotary is None else places.rotations[attn.rotary]
-    own, other = ({x: ops.at_least_float32(run[x]) for x in "qk"} for run in (base, source))
-    g, effects = ops.at_least_float32(g), _of_queries if name == "q" else _of_keys
+    own, other = ({x: at_least_float32(run[x]) for x in "qk"} for run in (base, source))
+    g, effects = at_least_float32(g), _of_queries if name == "q" else _of_keys
 
     def scores(**changed: Tensor) -> Pattern:
         q, k = (attn.place(x, (own | changed)[x], rotation, GRADIENT) for x in "qk")

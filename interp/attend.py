@@ -24,6 +24,7 @@ from torch import Tensor
 
 from interp.model import ops
 from interp.model.transformer import Attention
+from interp.precision import at_least_float32
 from interp.rows import Layout, spell_out
 from interp.rules import GRADIENT
 from interp_kernels import Rows
@@ -114,7 +115,7 @@ def read_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, z
     forbidden = ops.causal_mask(
         by_prompt.table_of(kv.ends - 1), torch.arange(shared.shape[-1], device=z.device), attn.window
     )
-    scores = ops.at_least_float32(shared.permute(0, 2, 3, 1)).contiguous()  # [prompt, row of that prompt, key, head]
+    scores = at_least_float32(shared.permute(0, 2, 3, 1)).contiguous()  # [prompt, row of that prompt, key, head]
     slot, position = kv.spelled(0, len(kv))
     row, key = _index(slot, z), _index(by_prompt.flat[slot] * scores.shape[2] + position, z)
     own_scores = (own.q.index_select(0, row) * _for_each_head(own.k, n_heads)).sum(-1) * attn.scale
@@ -123,7 +124,7 @@ def read_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray, z
     weight = pattern.flatten(0, 2).index_select(0, key)
     pattern.flatten(0, 2)[key] = 0
     mixed = ops.attention_mix(pattern.permute(0, 3, 1, 2).to(z.dtype), base.v, GRADIENT)
-    mixed = ops.at_least_float32(by_prompt.untable(mixed))  # summed token by token: not in half precision
+    mixed = at_least_float32(by_prompt.untable(mixed))  # summed token by token: not in half precision
     z.copy_(mixed.index_add_(0, row, weight[..., None] * _for_each_head(own.v, n_heads)))
 
 
@@ -160,7 +161,7 @@ def spread_attention(attn: Attention, own: Own, base: Base, prompts: np.ndarray,
             tokens = slice(*np.searchsorted(pair[slot], [first, first + per_block]).tolist())
             z_hole, lse_hole = _without_point(attn, base, prompts[block], point[block], queries)
             at = _index(hole[tokens] - first * len(queries), z)
-            weight = torch.sigmoid(ops.at_least_float32(s[tokens]) - lse_hole.index_select(0, at)).to(z.dtype)
+            weight = torch.sigmoid(at_least_float32(s[tokens]) - lse_hole.index_select(0, at)).to(z.dtype)
             torch.index_select(z_hole, 0, at, out=z[tokens])
             z[tokens].lerp_(v_heads.index_select(0, row[tokens]), weight[..., None])
     if not later.all():
@@ -216,7 +217,7 @@ def _without_point(
     )
     key = torch.arange(base.k.shape[1], device=query.device)
     forbidden = ops.causal_mask(query, key, attn.window) | (key == point[:, None, None])  # [pair, query, key]
-    scores = ops.at_least_float32(scores[which]).masked_fill(forbidden[:, None], -torch.inf)
+    scores = at_least_float32(scores[which]).masked_fill(forbidden[:, None], -torch.inf)
     lse = scores.logsumexp(-1)  # where a query comes before its pair's point nobody reads the result
     pattern = (scores - lse[..., None]).exp().to(base.v.dtype)
     mixed = ops.attention_mix(pattern, base.v[which], GRADIENT)

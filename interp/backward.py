@@ -7,7 +7,6 @@ formed in float32 at least and returned in the dtype of what they flow into.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
@@ -15,12 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from interp import secants
 from interp.blocks import in_blocks
+from interp.precision import at_least_float32
 
 Values = Float[Tensor, "..."]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _to_shape_of(x: Tensor, gradient: Tensor) -> Tensor:
@@ -51,7 +47,7 @@ class _Elementwise(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor):
         def times_slope(g: Tensor, *points: Tensor) -> Tensor:
-            return (g * ctx.slope(*(_wide(x) for x in points))).to(g.dtype)
+            return (g * ctx.slope(*(at_least_float32(x) for x in points))).to(g.dtype)
 
         points = ctx.saved_tensors
         return in_blocks(times_slope, g, *points), None, None, *(None for _ in points[1:])

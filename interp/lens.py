@@ -24,9 +24,10 @@ from interp.exact import Reader
 from interp.graph import writers
 from interp.grids import position_labels, without_padding
 from interp.metrics import Metric, get_metric
-from interp.model import ops, tokens
+from interp.model import tokens
 from interp.model.run import canonical, logits_at, record
 from interp.model.transformer import Norm, Transformer
+from interp.precision import at_least_float32
 from interp.provenance import provenance
 from interp.rules import Rules
 from interp.secants import tanh_slope
@@ -142,7 +143,7 @@ def _shares(
         everywhere[read] = share
         return everywhere
 
-    at_end = lambda name: (ops.at_least_float32(values[name][read]) * direction).sum(-1)  # noqa: E731
+    at_end = lambda name: (at_least_float32(values[name][read]) * direction).sum(-1)  # noqa: E731
     shares = [here(at_end(first))]
     for layer, block in enumerate(model.blocks):
         attn, path = block.attn, f"blocks.{layer}"
@@ -183,7 +184,7 @@ def _final_direction(
 def _through(norm: Norm, x: Direction, direction: Direction) -> tuple[Direction, Float[Tensor, " prompt"]]:
     """A direction behind a norm as one before it, with the scale that x has; and its share of the norm's bias."""
     with torch.enable_grad():
-        x = ops.at_least_float32(x.detach()).requires_grad_()
+        x = at_least_float32(x.detach()).requires_grad_()
         (before,) = torch.autograd.grad(norm(x, FROZEN), x, direction)
     return before, direction.new_zeros(len(direction)) if norm.b is None else direction @ norm.b.to(direction.dtype)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from interp import secants
 from interp.errors import MetricError, name_some, one_of
+from interp.precision import at_least_float32
 
 if TYPE_CHECKING:
     from interp.tasks.pairs import PromptPairs
@@ -61,7 +62,7 @@ class Metric:
         self._check_answers(pairs)
         if "clean_logits" in self.needs and clean_logits is None:
             raise MetricError(f"metric {self.name} needs the logits of the clean run")
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = at_least_float32(logits)
         values = self.compute(wide, pairs, clean_logits)
         if values.shape != (len(pairs),):
             raise MetricError(f"metric {self.name} returned shape {tuple(values.shape)}, not one value per prompt")
@@ -96,12 +97,14 @@ class Metric:
         `MetricError` if the metric has no gradient there, or no slope between runs.
         """
         self._check_answers(pairs)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logits, clean_logits = logits.to(wide), None if clean_logits is None else clean_logits.to(wide)
+        logits, clean_logits = (
+            at_least_float32(logits),
+            None if clean_logits is None else at_least_float32(clean_logits),
+        )
         if other is not None and not self.linear:
             if self.slope is None:
                 raise MetricError(f"metric {self.name} has no secant between two runs; use logit_diff or one-run rules")
-            return self.slope(logits, other.to(wide), pairs, clean_logits)
+            return self.slope(logits, at_least_float32(other), pairs, clean_logits)
         if "clean_logits" in self.needs and other is None and torch.equal(logits, clean_logits):
             raise MetricError(
                 f"the gradient of {self.name} is zero in the clean run: take it at the corrupt run, or use secant rules"

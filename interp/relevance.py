@@ -25,6 +25,7 @@ from interp.model import ops
 from interp.model.config import Rotary
 from interp.model.run import Hooks, canonical, logits_at, record, run_at
 from interp.model.transformer import Transformer
+from interp.precision import at_least_float32
 from interp.rules import Rules, get_rules
 from interp.sheet import contract
 from interp.sites import SITES
@@ -96,7 +97,7 @@ def norm_x_logit(
     for chunk in pairs.chunks(batch_size):
         embedding = record(model, chunk.tokens(run), ["hook_embed"], chunk.hooks(run))["hook_embed"]
         logits, whole = read_stream(model, chunk, metric, run, range(last, last + 1))
-        found.append((ops.at_least_float32(embedding).norm(dim=-1).cpu() * logits[:, 0], whole))
+        found.append((at_least_float32(embedding).norm(dim=-1).cpu() * logits[:, 0], whole))
     values, whole = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     sign = "the metric read at the token's own position times a norm"
     attrs = about("norm_x_logit", model, pairs, metric, run, sign)
@@ -175,7 +176,7 @@ def _kept_by_positions(
     """
     (cos, sin), n, shares = tables, 2 * len(rotary.inv_freq), []
     for x, (g, values) in arrived.items():
-        rotated = ops.at_least_float32(values[..., :n])
+        rotated = at_least_float32(values[..., :n])
         x_cos = ops.rotate(rotated, cos, -sin, rotary.pairs) * cos[:, None] / rotary.scale**2  # turned back
         shares.append([contract(SITES[x], g[..., :n], part).sum(-1) / 2 for part in (x_cos, rotated - x_cos)])
     by_table = [sum(of_table) for of_table in zip(*shares, strict=True)]

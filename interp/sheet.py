@@ -17,6 +17,7 @@ from interp.errors import SiteError, one_of
 from interp.grids import Grid, Positions, lay_out, make_grid
 from interp.metrics import Metric, get_metrics
 from interp.model.run import config_of
+from interp.precision import at_least_float32
 from interp.provenance import provenance
 from interp.sites import Node, Site
 from interp.tasks.pairs import PromptPairs
@@ -94,8 +95,7 @@ class ScoreSheet:
 def contract(site: Site, gradient: Tensor, change: Tensor) -> Tensor:
     """Gradient times change at a site's hook point, in float32 at least: summed over the channels of a vector, while
     neurons and cells of a pattern are numbers by themselves."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    product = gradient.to(wide) * change.to(wide)
+    product = at_least_float32(gradient) * at_least_float32(change)
     return product if site.unit == "neuron" or site.source_axis is not None else product.sum(-1)
 
 

@@ -25,7 +25,7 @@ SCRIPTS = sorted((ROOT / "data").glob("*.py"))
 # to be given a place here.
 LAYERS = [
     {"interp"},  # names only; it imports nothing until asked
-    {"interp.errors", "interp.blocks", "interp.secants", "interp.statistics", "interp.tasks", "interp.model"},
+    {"interp.errors", "interp.blocks", "interp.precision", "interp.secants", "interp.statistics", "interp.tasks", "interp.model"},
     {"interp.agreement", "interp.files", "interp.metrics", "interp.backward", "interp.model.config", "interp.model.activations",
      "interp.tasks.examples", "interp.tasks.words"},
     {"interp.rules", "interp.model.nonlinearities"},

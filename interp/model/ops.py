@@ -12,12 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.model.config import Rotary
+from interp.precision import at_least_float32
 from interp.rules import GRADIENT, Rules
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 if it is narrower (bfloat16, float16), else unchanged: statistics are summed in this."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def norm_scale(x: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]:

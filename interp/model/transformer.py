@@ -30,6 +30,7 @@ from interp.model import ops, tokens
 from interp.model.activations import ACTIVATIONS
 from interp.model.config import ModelConfig, Rotary
 from interp.model.nonlinearities import Nonlinearity, nonlinearities
+from interp.precision import at_least_float32
 from interp.rules import GRADIENT, Rules
 
 
@@ -57,7 +58,7 @@ class Norm(nn.Module):
         self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "... d"], rules: Rules = GRADIENT) -> Float[Tensor, "... d"]:
-        wide = ops.at_least_float32(x)
+        wide = at_least_float32(x)
         if self.centred:
             wide = wide - wide.mean(-1, keepdim=True)
         scale = self.hook_scale(ops.norm_scale(wide, self.eps))
