@@ -5,7 +5,7 @@ check = spot_check(model, pairs, approximate)
 print(check)                        # agreement on a random sample, or on every place where that is cheap
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from interp.agreement import agreement_text, compare
 from interp.errors import OptionError
 from interp.exact import Announce, exact_effects
 from interp.grids import Grid, make_grid
+from interp.interventions import Intervention
 from interp.metrics import Metric, get_metric
 from interp.model.run import config_of
 from interp.model.transformer import Transformer
@@ -52,7 +53,8 @@ def spot_check(
 ) -> SpotCheck:  # fmt: skip
     """Patch places of an approximate result exactly, in its own direction, and compare.
 
-    n: places of each site, drawn with `seed` (default: every place if that takes no more than 1e12 FLOPs, else 128).
+    n: places of each site that can change, drawn with `seed` (default: every place if that takes no more than 1e12 FLOPs, else
+        128).
     metric: as the approximate result was made with (default: its name in the result's attrs).
     """
     arrays = [approximate] if isinstance(approximate, xr.DataArray) else list(approximate.data_vars.values())
@@ -67,7 +69,7 @@ def spot_check(
         cheap = isinstance(model, Transformer) and _flops(model, pairs, everything, batch_size) <= CHEAP_FLOPS
         n = max(map(len, everything)) if cheap else 128
     draw = np.random.default_rng(seed)
-    chosen = [np.sort(draw.permutation(len(cells))[:n]) for cells in everything]
+    chosen = [_draw(cells, n, pairs, draw) for cells in everything]
     effects = exact_effects(
         model, pairs, [cells[i] for cells, kept in zip(everything, chosen, strict=True) for i in kept], metrics=[metric],
         direction=approximate.attrs["direction"], engine="sweep" if isinstance(model, Transformer) else "hooks",
@@ -85,6 +87,15 @@ def spot_check(
         theirs[name] = xr.DataArray(exact, dims=dims, coords=coords)
     table = compare(xr.Dataset(ours), xr.Dataset(theirs), seed=seed)
     return SpotCheck(table, int(ends[-1]), sum(map(len, everything)))
+
+
+def _draw(cells: Sequence[Intervention], n: int, pairs: PromptPairs, draw: np.random.Generator) -> np.ndarray:
+    """n places out of all, none of them before the first token that differs: there every method scores 0."""
+    if n >= len(cells):
+        return np.arange(len(cells))
+    first = int(pairs.differs.any(0).int().argmax())
+    before = [all(p.position is not None and 0 <= p.position < first for p in cell) for cell in cells]
+    return np.sort(draw.permutation(np.flatnonzero(~np.array(before)))[:n])
 
 
 def _grid_of(array: xr.DataArray, pairs: PromptPairs, cfg) -> Grid:

@@ -103,7 +103,9 @@ class Metric:
         )
         if other is not None and not self.linear:
             if self.slope is None:
-                raise MetricError(f"metric {self.name} has no secant between two runs; use logit_diff or one-run rules")
+                raise MetricError(
+                    f"metric {self.name} has no secant between two runs; use logit_diff, or patch exactly"
+                )
             return self.slope(logits, at_least_float32(other), pairs, clean_logits)
         if "clean_logits" in self.needs and other is None and torch.equal(logits, clean_logits):
             raise MetricError(

@@ -31,6 +31,13 @@ def test_a_sample_is_drawn_by_its_seed(tiny):
     assert not check.table.equals(spot_check(model, pairs, scores, n=10, seed=2).table)
 
 
+def test_no_place_is_drawn_that_cannot_change(tiny):
+    model, pairs = tiny("gpt2"), small_pairs(3, 6, differ=(5,))
+    check = spot_check(model, pairs, attribution(model, pairs, SITES), n=4)
+    assert check.table.n["head"] == 3 * 4
+    assert check.n_checked == 3 + 4, "the stream has one place per layer"
+
+
 @pytest.mark.parametrize(
     ("sites", "options"),
     [

@@ -246,7 +246,7 @@ def test_what_has_no_multipliers_says_so():
     assert torch.equal(mine.multipliers(a, pairs)[:, 0], 2 * a[:, 0])
     for metric, name in ((mine, "<lambda>"), (METRICS["accuracy"], "accuracy")):
         with pytest.raises(
-            MetricError, match=f"{name} has no secant between two runs; use logit_diff or one-run rules"
+            MetricError, match=f"{name} has no secant between two runs; use logit_diff, or patch exactly"
         ):
             metric.multipliers(a, pairs, None, b)
     kl = METRICS["kl_divergence"]
