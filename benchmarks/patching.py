@@ -32,9 +32,9 @@ import psutil
 import torch
 
 from interp import PromptPairs, activation_patching, bundled_models, edge_patching, load_model
-from interp.edges import plan_edges
+from interp.circuits.exact import plan_edges
 from interp.files import write_atomically
-from interp.graph import edge_mask
+from interp.circuits.graph import edge_mask
 from interp.model.load import quiet_libraries
 from interp.sweep import flops_per_token
 

@@ -13,7 +13,7 @@ _HOME = {
     "corrupt": "interp.tasks.corrupt",
     "METRICS": "interp.metrics",
     "activation_patching": "interp.patching",
-    "edge_patching": "interp.edges",
+    "edge_patching": "interp.circuits.exact",
     "attribution": "interp.node_attribution",
     "integrated_gradients": "interp.paths",
     "site_secants": "interp.paths",
@@ -26,7 +26,7 @@ _HOME = {
     "compare": "interp.agreement",
     "spot_check": "interp.checking",
     "get_rules": "interp.rules",
-    "node_faithfulness": "interp.faithfulness",
+    "node_faithfulness": "interp.circuits.node_faithfulness",
     "discover": "interp.discovery",
     "Discovery": "interp.discovery",
 }

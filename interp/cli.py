@@ -233,7 +233,7 @@ class Edges(Behaviour):
             raise OptionError(f"cannot write {self.out.suffix or 'a file without an ending'}: use .csv or .parquet")
         running = {name: value for name, value in self.running().items() if name != "engine"}
         model, pairs = self.load()
-        from interp.edges import edge_patching
+        from interp.circuits.exact import edge_patching
         from interp.tables import save_effects, strongest
 
         effects = edge_patching(

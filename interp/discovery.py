@@ -24,7 +24,7 @@ from interp.checking import SpotCheck, spot_check
 from interp.directions import BASES, Direction
 from interp.errors import name_some, one_of
 from interp.exact import Announce
-from interp.faithfulness import ABLATIONS, node_faithfulness
+from interp.circuits.node_faithfulness import ABLATIONS, node_faithfulness
 from interp.metrics import METRICS, Metric, get_metric
 from interp.model.run import logits_at
 from interp.model.tokens import token_strings

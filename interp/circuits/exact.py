@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from interp.directions import BASES, Direction, metric_attrs, warn_small_gap
 from interp.errors import OptionError, one_of
 from interp.exact import SIDES, Announce, Reader
-from interp.graph import edge_mask, readers, select_edges, writers
+from interp.circuits.graph import Graph, edge_mask, readers, select_edges, writers
 from interp.interventions import Values
 from interp.metrics import Metric, get_metric
 from interp.model import ops
@@ -59,7 +59,7 @@ def edge_patching(
 
         score(u -> v) = metric(run in which v alone reads out_u of the other run) - metric(base run)
 
-    edges: ids such as "a0.h1->m2", "m0->a1.h2<q>", "m3->logits" (default: every edge of the model, `interp.graph`). Keys
+    edges: ids such as "a0.h1->m2", "m0->a1.h2<q>", "m3->logits" (default: every edge of the model, `interp.circuits.graph`). Keys
         and values are edges of each query head, also where heads share them.
     Other options, units and signs: see `interp.activation_patching`. Needs a model from `load_model` without hooks.
     """
@@ -107,7 +107,7 @@ def edge_patching(
         "metric_clean": ("prompt", clean.numpy()), "metric_corrupt": ("prompt", corrupt.numpy()),
     }  # fmt: skip
     attrs = {"method": "edge_patching", "site": "edges", "direction": direction, "normalized": int(normalize),
-             **metric_attrs([metric], direction, normalize), **provenance(model, pairs)}  # fmt: skip
+             **metric_attrs([metric], direction, normalize), **Graph.of(cfg).attrs(), **provenance(model, pairs)}  # fmt: skip
     return xr.DataArray(values[:, kept[0]][:, :, kept[1]], coords, ("prompt", "source", "target"), attrs=attrs)
 
 

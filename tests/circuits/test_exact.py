@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from interp import PromptPairs, Transformer, activation_patching, corrupt, edge_patching
-from interp.edges import EdgeRuns
+from interp.circuits.exact import EdgeRuns
 from interp.errors import MetricError, OptionError, PatchError, SiteError
-from interp.graph import edge_mask, readers, select_edges, writers
+from interp.circuits.graph import edge_mask, readers, select_edges, writers
 from interp.model.activations import ACTIVATIONS
 from interp.rules import GRADIENT
 from interp.sweep import SweepPlan, row_bytes

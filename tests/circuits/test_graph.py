@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from interp import ModelConfig
 from interp.errors import SiteError
-from interp.graph import edge_mask, readers, select_edges, writers
+from interp.circuits.graph import edge_mask, readers, select_edges, writers
 from interp.model.run import record
 from interp.sites import parse_node
 from tests.small_pairs import refused
