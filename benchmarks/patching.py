@@ -33,8 +33,8 @@ import torch
 
 from interp import PromptPairs, activation_patching, bundled_models, edge_patching, load_model
 from interp.circuits.exact import plan_edges
-from interp.files import write_atomically
 from interp.circuits.graph import edge_mask
+from interp.files import write_atomically
 from interp.model.load import quiet_libraries
 from interp.sweep import flops_per_token
 

@@ -2,6 +2,7 @@
 
     interp discover                                   the main job, on the bundled model
     interp discover --model gpt2 --task greater_than
+    interp discover --level edge --faithfulness 0.9   the smallest circuit that is 90 % faithful
     interp patch --sites head --positions all --out heads.csv
     interp attribute --rules relp --task capitals     one backward pass, checked against exact patching
     interp edges --task capitals --n 8                every edge of the model's graph
@@ -98,12 +99,24 @@ class Behaviour:
 
 @dataclass(frozen=True, kw_only=True)
 class Discover(Behaviour):
-    """Find the components that carry a behaviour, check them by ablation, write a report."""
+    """Find the components, or the circuit of edges, that carry a behaviour; check them by ablation; write a report."""
 
+    level: Literal["node", "edge"] = "node"
+    """node: heads and MLPs. edge: a circuit, what reads what from where."""
+    direction: Literal["denoise", "noise", "both"] | None = None
+    """denoise: corrupt run, clean values patched in. noise: the reverse. Default: denoise for nodes, noise for edges."""
     rules: str | None = None
-    """Score places from one backward pass by these rules instead of patching each, and check a sample (see `interp rules`)."""
-    ablation: Literal["corrupt", "zero", "mean"] = "corrupt"
-    """What replaces components outside the circuit in the faithfulness check."""
+    """Score places or edges from one backward pass by these rules, and check a sample exactly (see `interp rules`)."""
+    method: Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "exact"] | None = None
+    """How edges are scored (default: eap-ig; eap if rules are given)."""
+    edges: int | None = None
+    """The circuit's size before dead ends are pruned (default: the smallest that is faithful enough)."""
+    faithfulness: float | None = None
+    """How faithful the circuit has to be, 1 being the whole model (default: 0.9)."""
+    ablation: Literal["corrupt", "zero", "mean", "positional-mean", "optimal"] = "corrupt"
+    """What replaces everything outside the circuit in the faithfulness check (nodes: corrupt, zero or mean)."""
+    save: Path | None = None
+    """Write the circuit of edges as well: .json (EAP-IG's and MIB's format) or .graphml."""
     out: Path = Path("interp-report.html")
     """Report to write."""
 
@@ -111,6 +124,7 @@ class Discover(Behaviour):
         from interp.files import check_writable
 
         check_writable(self.out)
+        options = self._of_edges()
         running = self.running()
         if self.rules is not None:
             from interp.rules import get_rules
@@ -120,12 +134,38 @@ class Discover(Behaviour):
         from interp.discovery import discover
 
         found = discover(
-            model, pairs, rules=self.rules, metric=self.metric, direction=self.direction, ablation=self.ablation,
-            seed=self.seed, **running,
+            model, pairs, level=self.level, rules=self.rules, metric=self.metric, direction=self.direction,
+            ablation=self.ablation, seed=self.seed, **running, **options,
         )  # fmt: skip
+        if self.save is not None:
+            found.circuit.save(self.save)
         found.report(self.out)
         print(found.text())
+        if self.save is not None:
+            print(f"\ncircuit: {self.save.resolve()}")
         print(f"\nreport: {self.out.resolve()}")
+
+    def _of_edges(self) -> dict:
+        """The options that only edges have, checked before a model is loaded."""
+        from interp.errors import OptionError
+
+        given = {"method": self.method, "n_edges": self.edges, "target": self.faithfulness}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.level == "node":
+            flags = {"method": "--method", "n_edges": "--edges", "target": "--faithfulness"}
+            if given or self.save is not None:
+                flag = flags[next(iter(given))] if given else "--save"
+                raise OptionError(f"{flag} is for circuits of edges: add --level edge")
+        elif self.edges is not None and self.faithfulness is not None:
+            raise OptionError("--edges and --faithfulness both say how large the circuit is: give one of them")
+        if self.save is not None:
+            from interp.files import check_writable
+
+            if check_writable(self.save).suffix not in (".json", ".graphml"):
+                raise OptionError(
+                    f"cannot write {self.save.suffix or 'a file without an ending'}: use .json or .graphml"
+                )
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)

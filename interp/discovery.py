@@ -20,14 +20,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from interp.baseline import describe, first_pair
 from interp.checking import SpotCheck, spot_check
-from interp.directions import BASES, Direction
-from interp.errors import name_some, one_of
-from interp.exact import Announce
+from interp.circuits.discovery import CircuitDiscovery, discover_circuit
 from interp.circuits.node_faithfulness import ABLATIONS, node_faithfulness
-from interp.metrics import METRICS, Metric, get_metric
-from interp.model.run import logits_at
-from interp.model.tokens import token_strings
+from interp.directions import BASES, Direction
+from interp.errors import OptionError, one_of
+from interp.exact import Announce
+from interp.metrics import Metric, get_metric
 from interp.model.transformer import Transformer
 from interp.node_attribution import attribution
 from interp.patching import activation_patching, patch_nodes
@@ -97,22 +97,34 @@ class Discovery:
 
 
 def discover(
-    model, pairs: PromptPairs, *, level: Literal["node"] = "node", rules: str | Rules | None = None,
+    model, pairs: PromptPairs, *, level: Literal["node", "edge"] = "node", rules: str | Rules | None = None,
     metric: str | Callable | Metric | None = None,
-    direction: Direction = "denoise", ablation: Literal["corrupt", "zero", "mean"] = "corrupt",
+    direction: Direction | None = None, ablation: str = "corrupt",
     engine: Literal["sweep", "hooks"] = "sweep", top_heads: int = 4, max_memory: int | None = None,
-    batch_size: int | None = None, seed: int = 0, announce: Announce = None, progress: bool = False,
-) -> Discovery:  # fmt: skip
-    """Node scores, ranking, detection and faithfulness in one call.
+    batch_size: int | None = None, seed: int = 0, announce: Announce = None, progress: bool = False, **of_edges,
+) -> Discovery | CircuitDiscovery:  # fmt: skip
+    """Node scores, ranking, detection and faithfulness in one call; with level="edge" a circuit of edges, tested.
 
+    level: "edge" hands over to `interp.circuits.discovery.discover_circuit` and takes its options as well: method, n_edges,
+        target, by, search, n_resamples.
     rules: None patches every place exactly. A rule set (`interp.rules`) scores them from one backward pass instead; then a
     sample of places is patched exactly as well (all of them where that is cheap) and `agreement` says how far the map is off.
     metric: default is the one the pairs are usually scored with. ablation: what replaces components outside the circuit
     in the faithfulness check. top_heads: how many of the strongest heads are also patched position by position. engine,
-    max_memory, announce: see `activation_patching`.
+    max_memory, announce: see `activation_patching`. direction: default "denoise" for nodes, "noise" for edges.
     """
-    one_of(level, ("node",), "level")
-    one_of(direction, BASES, "direction")
+    one_of(level, ("node", "edge"), "level")
+    if level == "edge":
+        if engine != "sweep":
+            raise OptionError('edges are patched by engine "sweep" only')
+        options = {"rules": rules, "metric": metric, "ablation": ablation, "max_memory": max_memory, "seed": seed,
+                   "batch_size": batch_size, "announce": announce, "progress": progress}  # fmt: skip
+        if rules is not None:
+            of_edges.setdefault("method", "eap")
+        return discover_circuit(model, pairs, direction=direction or "noise", **options, **of_edges)
+    if of_edges:
+        raise OptionError(f'{name_some(list(of_edges))}: for level="edge" only')
+    direction = one_of(direction or "denoise", BASES, "direction")
     one_of(ablation, ABLATIONS, "ablation")
     metric = get_metric(pairs.metric if metric is None else metric)
     runs = {
@@ -145,24 +157,11 @@ def discover(
     random_faithfulness = node_faithfulness(
         model, pairs, shuffled, sizes=faithfulness.n.values[:: max(1, len(faithfulness.n) // 12)].tolist(), **curve
     )
-    summary, notes = _describe(model, pairs, nodes, metric)
+    summary, notes = describe(model, pairs, nodes, metric)
     return Discovery(
         pairs, effects, nodes, ranking, faithfulness, random_faithfulness, summary, notes, agreement,
-        **_first_pair(model, pairs),
+        **first_pair(model, pairs),
     )  # fmt: skip
-
-
-def _first_pair(model, pairs: PromptPairs) -> dict[str, tuple[str, ...] | None]:
-    """Token texts of the first pair, for display."""
-
-    def strings(ids) -> tuple[str, ...]:
-        return () if ids is None else tuple(token_strings(model.tokenizer, [i for i in ids[0].tolist() if i >= 0]))
-
-    return {
-        "corrupt_strings": strings(pairs.corrupt) if pairs.noise_mask is None else None,
-        "answer_strings": strings(pairs.answers),
-        "wrong_strings": strings(pairs.wrong_answers),
-    }
 
 
 def _residual_sites(model) -> list[str]:
@@ -218,34 +217,3 @@ def rank(nodes: xr.DataArray, *, seed: int = 0) -> pd.DataFrame:
         }
     )
     return table.sort_values("effect", key=lambda column: -column.abs(), kind="stable").reset_index(drop=True)
-
-
-def _describe(model, pairs: PromptPairs, nodes: xr.DataArray, metric: Metric) -> tuple[dict[str, float], list[str]]:
-    """Baselines, and what a careful reader should know before believing the map."""
-    clean, corrupt = nodes.metric_clean.values, nodes.metric_corrupt.values
-    logits = {
-        side: logits_at(model, pairs.tokens(side), pairs.read_at, pairs.hooks(side)) for side in ("clean", "corrupt")
-    }
-    accuracy, probability = METRICS["accuracy"], METRICS["probability"]
-    summary = {
-        "metric_clean": float(clean.mean()),
-        "metric_corrupt": float(corrupt.mean()),
-        "accuracy_clean": float(accuracy(logits["clean"], pairs).mean()),
-        "probability_clean": float(probability(logits["clean"], pairs).mean()),
-        "probability_corrupt": float(probability(logits["corrupt"], pairs).mean()),
-    }
-    notes = []
-    if summary["accuracy_clean"] < 0.5:
-        notes.append(f"The model's first choice is an answer on only {summary['accuracy_clean']:.0%} of the clean prompts: "
-                     "there may be little behaviour to explain.")  # fmt: skip
-    if metric.name == "logit_diff" and (wrong := np.flatnonzero(clean <= 0)).size:
-        notes.append(f"The wrong answer wins on the clean prompts {name_some(wrong.tolist())}.")
-    gap = np.abs(clean - corrupt)
-    if (small := np.flatnonzero(gap < 0.02 * np.median(gap))).size:
-        notes.append(f"Clean and corrupt hardly differ on prompts {name_some(small.tolist())}.")
-    if metric.name.startswith("probab") and summary["probability_corrupt"] < 0.01:
-        notes.append("The answer's probability is near zero on the corrupt prompts: components that lower it further "
-                     "cannot show (floor effect); look at logit_diff too.")  # fmt: skip
-    if pairs.corruption.startswith("gaussian"):
-        notes.append("Gaussian noise takes the model off its distribution; prefer swapped tokens where possible.")
-    return summary, notes

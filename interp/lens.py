@@ -18,10 +18,10 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.circuits.graph import writers
 from interp.directions import SIDES, Side
 from interp.errors import MetricError, one_of
 from interp.exact import Reader
-from interp.circuits.graph import writers
 from interp.grids import position_labels, without_padding
 from interp.metrics import Metric, get_metric
 from interp.model import tokens

@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
 from interp import plots
-from interp.agreement import STATISTICS
 from interp.files import write_atomically
-from interp.grids import visible
+from interp.page import agreement_table, figure_html, header, page, provenance_list
 
 if TYPE_CHECKING:
     from interp.discovery import Discovery
 
-_STYLE = """
-:root { color-scheme: light; --ink: #24292f; --pale: #57606a; --line: #d8dee4; --wash: #f6f8fa; --mark: #fff1c2; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--ink); background: #fff;
-  max-width: 1120px; margin: 0 auto; padding: 28px 24px 60px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 4px; }
-p.lead, figcaption, .pale { color: var(--pale); } p.lead { margin-top: 0; }
-.tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; background: var(--wash); }
-.tile b { display: block; font-size: 19px; font-variant-numeric: tabular-nums; }
-.tokens { font: 13px/2 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.tokens span { border: 1px solid var(--line); border-radius: 4px; padding: 1px 3px; margin-right: 2px; white-space: pre; }
-.tokens span.differs { background: var(--mark); border-color: #d4a72c; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 8px 0; }
-th, td { padding: 3px 12px; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } th { background: var(--wash); }
-.note { border-left: 4px solid #d4a72c; background: #fffbea; padding: 6px 12px; margin: 6px 0; }
-figure { margin: 8px 0 20px; } code { background: var(--wash); padding: 1px 4px; border-radius: 4px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; } dt { color: var(--pale); } dd { margin: 0; }
-"""
-
-_DIRECTIONS = {
-    "denoise": "the corrupt prompt is run and clean values are patched in: does this place suffice to bring the answer back?",
-    "noise": "the clean prompt is run and corrupt values are patched in: is this place needed for the answer?",
-    "both": "the mean of bringing the clean value into the corrupt run and of losing it from the clean run.",
-}
 _SITES = {
     "resid_pre": "Residual stream before each layer",
     "resid_mid": "Residual stream between attention and MLP",
@@ -60,68 +30,20 @@ def render(discovery: Discovery) -> str:
     """The whole page as HTML."""
     a = discovery.attrs
     title = f"{a['model']} on {a['task']}: where the behaviour lives"
+    method = (
+        "Exact activation patching"
+        if discovery.agreement is None
+        else "Activation patching, estimated from one backward pass"
+    )
     sections = [
-        _header(discovery, title),
+        header(discovery, title, method),
         _ranking(discovery),
         _agreement(discovery),
         _faithfulness(discovery),
         _maps(discovery),
-        _provenance(discovery),
+        provenance_list(a),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>{''.join(sections)}</body></html>\n"
-    )
-
-
-def _header(d: Discovery, title: str) -> str:
-    a, s = d.attrs, d.summary
-    tiles = (
-        (f"{a['metric']} on clean", f"{s['metric_clean']:.3g}"),
-        (f"{a['metric']} on corrupt", f"{s['metric_corrupt']:.3g}"),
-        ("answer is first choice (clean)", f"{s['accuracy_clean']:.0%}"),
-        ("answer's probability, clean", f"{s['probability_clean']:.2f}"),
-        ("answer's probability, corrupt", f"{s['probability_corrupt']:.2f}"),
-        ("prompt pairs", f"{a['n_prompts']}"),
-    )
-    boxes = "".join(f'<div class="tile"><b>{value}</b>{html.escape(name)}</div>' for name, value in tiles)
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in d.notes)
-    method = (
-        "Exact activation patching" if d.agreement is None else "Activation patching, estimated from one backward pass"
-    )
-    return (
-        f"<h1>{html.escape(title)}</h1><p class='lead'>{method}, direction <b>{a['direction']}</b>: "
-        f"{_DIRECTIONS[a['direction']]} A score is {html.escape(a['metric'])} after the patch minus before it"
-        f"{', in ' + html.escape(a['unit']) if a['unit'] else ''}.</p>"
-        f"<div class='tiles'>{boxes}</div>{notes}{_prompts(d)}"
-    )
-
-
-def _prompts(d: Discovery) -> str:
-    """The first pair, token by token, with what differs marked."""
-    pairs = d.pairs
-    if pairs.token_strings is None:
-        return ""
-    differs = pairs.differs[0].tolist()
-    n = int(pairs.lengths[0])
-    corrupt = d.corrupt_strings or pairs.token_strings[0]
-
-    def line(tokens) -> str:
-        return "".join(
-            f"<span{' class=differs' if differs[i] else ''}>{html.escape(visible(t))}</span>"
-            for i, t in enumerate(tokens[:n])
-        )
-
-    answers = ", ".join(html.escape(visible(t)) for t in d.answer_strings[:6])
-    wrong = ", ".join(html.escape(visible(t)) for t in d.wrong_strings[:6])
-    more = "" if len(d.answer_strings) <= 6 else f" and {len(d.answer_strings) - 6} more"
-    versus = f"; wrong answer <code>{wrong}</code>{'' if len(d.wrong_strings) <= 6 else ' ...'}" if wrong else ""
-    return (
-        f"<p><b>First pair</b> (␣ is a space; marked tokens differ; corruption: {html.escape(pairs.corruption)})</p>"
-        f"<p class='tokens'>clean&nbsp;&nbsp; {line(pairs.token_strings[0])}</p>"
-        f"<p class='tokens'>corrupt {line(corrupt)}</p>"
-        f"<p>Answer after the clean prompt: <code>{answers}</code>{more}{versus}.</p>"
-    )
+    return page(title, sections)
 
 
 def _ranking(d: Discovery) -> str:
@@ -138,7 +60,7 @@ def _ranking(d: Discovery) -> str:
         "<h2>Components, ranked</h2>"
         f"<p>Every attention head (<code>a3.h2</code>: layer 3, head 2) and MLP (<code>m5</code>), all positions {how}. "
         f"Standing out, by more than two standard deviations from the mean over components: {names}.</p>"
-        + _figure(plots.ranking_bars(d.ranking, d.attrs), "Mean effect with its 95 % bootstrap interval over prompts; "
+        + figure_html(plots.ranking_bars(d.ranking, d.attrs), "Mean effect with its 95 % bootstrap interval over prompts; "
                   "solid bars stand out, pale ones do not.")
         + f"<table><tr><th>component</th><th>effect ({unit})</th><th>95 % interval</th><th>share of clean − corrupt</th>"
         f"<th>stands out</th></tr>{rows}</table>"
@@ -148,20 +70,10 @@ def _ranking(d: Discovery) -> str:
 def _agreement(d: Discovery) -> str:
     if d.agreement is None:
         return ""
-
-    def cell(row, statistic: str) -> str:
-        low, high = row[f"{statistic}_low"], row[f"{statistic}_high"]
-        return f"<td>{row[statistic]:.3f}<br><span class='pale'>{low:.2f} to {high:.2f}</span></td>"
-
-    rows = "".join(
-        f"<tr><td>{html.escape(str(site))}</td>{''.join(cell(row, s) for s in STATISTICS)}</tr>"
-        for site, row in d.agreement.table.iterrows()
-    )
-    heads = "".join(f"<th>{s.replace('_', ' ')}</th>" for s in STATISTICS)
     return (
         "<h2>How far to trust this map</h2><p class='note'>The effects on this page are estimates from one backward pass by "
         f"the rules <code>{html.escape(d.attrs['rules'])}</code>. Below: {html.escape(d.agreement.says)}, with 95 % bootstrap "
-        f"intervals over prompts. The curve of kept components is exact.</p><table><tr><th>site</th>{heads}</tr>{rows}</table>"
+        f"intervals over prompts. The curve of kept components is exact.</p>{agreement_table(d.agreement.table)}"
     )
 
 
@@ -178,7 +90,9 @@ def _faithfulness(d: Discovery) -> str:
         "<h2>Do the top components suffice?</h2>"
         f"<p>The clean prompt is run with only the first n components of the ranking left as they are; all other heads and "
         f"MLPs are replaced ({html.escape(curve.attrs['ablation'])} ablation). The embeddings stay clean. {says}</p>"
-        + _figure(figure, "Above 1 or below 0 is possible: components that work against the answer are ablated too.")
+        + figure_html(
+            figure, "Above 1 or below 0 is possible: components that work against the answer are ablated too."
+        )
     )
 
 
@@ -187,7 +101,7 @@ def _maps(d: Discovery) -> str:
     parts = ["<h2>Where, position by position</h2><p class='pale'>Means over prompts. A star marks positions whose token "
              "differs between prompts; the first prompt's is shown. Grey: no such place in these prompts.</p>"]  # fmt: skip
     for name, label in maps:
-        parts.append(_figure(plots.heatmap(d.effects[name], title=label), ""))
+        parts.append(figure_html(plots.heatmap(d.effects[name], title=label), ""))
     heads = d.nodes.where(d.nodes.node.str.startswith("a"), drop=True)
     n_layers = len({n.split(".")[0] for n in heads.node.values})
     grid = heads.mean("prompt").values.reshape(n_layers, -1)
@@ -195,23 +109,10 @@ def _maps(d: Discovery) -> str:
         grid, dims=("layer", "head"), coords={"layer": range(n_layers), "head": range(grid.shape[1])}
     )
     parts.append(
-        _figure(plots.heatmap(array.assign_attrs(d.attrs), title="Attention heads, all positions at once"), "")
+        figure_html(plots.heatmap(array.assign_attrs(d.attrs), title="Attention heads, all positions at once"), "")
     )
     if "top_heads" in d.effects:
         parts.append(
-            _figure(plots.heatmap(d.effects["top_heads"], title="The strongest heads, position by position"), "")
+            figure_html(plots.heatmap(d.effects["top_heads"], title="The strongest heads, position by position"), "")
         )
     return "".join(parts)
-
-
-def _provenance(d: Discovery) -> str:
-    items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in d.attrs.items())
-    return f"<h2>How this was made</h2><dl>{items}</dl>"
-
-
-def _figure(figure: go.Figure, caption: str) -> str:
-    config = {"displaylogo": False, "responsive": True}
-    # named by its content: plotly's own names are random, and equal discoveries should give equal pages
-    name = f"plot-{hashlib.sha256(figure.to_json().encode()).hexdigest()[:12]}"
-    body = figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=name)
-    return f"<figure>{body}<figcaption>{html.escape(caption)}</figcaption></figure>"

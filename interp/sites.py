@@ -14,7 +14,7 @@ or neuron, and once per position. A *node* is one component of the model's graph
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from interp.errors import SiteError, one_of
 from interp.model.config import ModelConfig
@@ -116,7 +116,15 @@ def parse_node(text: str, cfg: ModelConfig | None = None) -> Node:
     return node
 
 
-def component_nodes(cfg: ModelConfig) -> list[Node]:
+@runtime_checkable
+class HasHeads(Protocol):
+    """Anything with so many layers of so many heads."""
+
+    n_layers: int
+    n_heads: int
+
+
+def component_nodes(cfg: HasHeads) -> list[Node]:
     """Every head and MLP, in the order of the forward pass."""
     return [
         node

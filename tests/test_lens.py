@@ -7,8 +7,8 @@ import pytest
 import torch
 import xarray as xr
 
-from interp.errors import MetricError, OptionError, UnsupportedModel
 from interp.circuits.graph import writers
+from interp.errors import MetricError, OptionError, UnsupportedModel
 from interp.lens import direct_logit_attribution, logit_lens, run_strings
 from interp.metrics import METRICS, Metric
 from interp.model.run import record

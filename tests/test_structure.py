@@ -25,7 +25,8 @@ SCRIPTS = sorted((ROOT / "data").glob("*.py"))
 # to be given a place here.
 LAYERS = [
     {"interp"},  # names only; it imports nothing until asked
-    {"interp.errors", "interp.blocks", "interp.precision", "interp.secants", "interp.statistics", "interp.tasks", "interp.model"},
+    {"interp.errors", "interp.blocks", "interp.precision", "interp.secants", "interp.statistics", "interp.tasks", "interp.model",
+     "interp.circuits"},
     {"interp.agreement", "interp.files", "interp.metrics", "interp.backward", "interp.model.config", "interp.model.activations",
      "interp.tasks.examples", "interp.tasks.words"},
     {"interp.rules", "interp.model.nonlinearities"},
@@ -34,7 +35,8 @@ LAYERS = [
         "capitals", "docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "subject_verb",
     )} | {"interp.tasks.pairs", "interp.model.transformer", "interp.model.read"},
     {"interp.tasks.corrupt", "interp.model.run", "interp.model.load"},
-    {"interp.tasks.named", "interp.provenance", "interp.interventions", "interp.circuits.graph", "interp.directions"},
+    {"interp.tasks.named", "interp.provenance", "interp.interventions", "interp.circuits.graph", "interp.directions",
+     "interp.baseline"},
     {"interp.grids"},
     {"interp.sheet"},
     {"interp.node_attribution"},
@@ -47,10 +49,14 @@ LAYERS = [
     {"interp.relevance"},
     {"interp.checking"},
     {"interp.patching"},
-    {"interp.circuits.exact"},
-    {"interp.circuits.node_faithfulness", "interp.plots"},
-    {"interp.token_plots"},
-    {"interp.report", "interp.tables"},
+    {"interp.circuits.exact", "interp.circuits.split"},
+    {"interp.circuits.node_faithfulness", "interp.circuits.ablations", "interp.circuits.gradients", "interp.plots"},
+    {"interp.circuits.circuit", "interp.circuits.masked", "interp.circuits.edges", "interp.token_plots", "interp.page"},
+    {"interp.circuits.optimal", "interp.circuits.export", "interp.circuits.checking"},
+    {"interp.circuits.learned", "interp.circuits.evaluate", "interp.circuits.drawing"},
+    {"interp.circuits.search", "interp.circuits.similarity"},
+    {"interp.circuits.discovery"},
+    {"interp.report", "interp.circuits.report", "interp.tables"},
     {"interp.discovery"},
     {"interp.cli"},
 ]  # fmt: skip

@@ -68,6 +68,7 @@ class Circuit:
     def from_nodes(cls, graph: Graph, nodes: Iterable[str]) -> "Circuit":
         """Everything that the named heads, MLPs and input write is read by all: MIB's node circuits."""
         index, kept = {name: i for i, name in enumerate(writers(graph))}, np.zeros_like(edge_mask(graph))
+        nodes = list(nodes)
         if strange := [node for node in nodes if node not in index]:
             raise SiteError(f"{graph.name} has no component {name_some(strange)}: write a3.h2, m5 or input")
         rows = [index[node] for node in nodes]
@@ -86,15 +87,15 @@ class Circuit:
             every component reaches the logits; n_edges are then those taken.
         prune: take dead ends away afterwards. The number of edges asked for is the number before that.
         """
-        if (n_edges is None) == (threshold is None):
-            raise OptionError("say how many edges to keep, or above which threshold: n_edges or threshold")
         return cls.ranked(scores).top(n_edges, threshold=threshold, by=by, search=search, prune=prune)
 
     @classmethod
     def ranked(cls, scores: xr.DataArray) -> "Circuit":
         """All scored edges, with the mean of their scores over prompts: what circuits of any size are cut from."""
-        if not {"source", "target"} <= set(scores.dims):
-            raise SiteError(f"scores of edges have axes source and target, not {', '.join(map(str, scores.dims))}")
+        if {*scores.dims} - {"prompt"} != {"source", "target"}:
+            raise SiteError(
+                f"scores of edges have axes source and target, perhaps prompt, not {', '.join(map(str, scores.dims))}"
+            )
         graph = Graph.from_attrs(scores.attrs)
         mean = scores.mean("prompt") if "prompt" in scores.dims else scores
         values = np.full(edge_mask(graph).shape, np.nan)
@@ -103,6 +104,8 @@ class Circuit:
         )
         values[np.ix_(rows, columns)] = mean.transpose("source", "target").values
         values[~edge_mask(graph)] = np.nan
+        if np.isinf(values).any():
+            raise SiteError(f"the score of {_names(graph, np.isinf(values))[0]} is infinite")
         return cls(graph, np.isfinite(values), values, dict(scores.attrs))
 
     # ------------------------------------------------------------------------------------------------ what is in it
@@ -194,9 +197,13 @@ class Circuit:
         """The best of all scored edges, whichever are kept here: see `from_scores`."""
         one_of(by, BY, "ranking")
         one_of(search, SEARCHES, "search")
+        if (n_edges is None) == (threshold is None):
+            raise OptionError("say how many edges to keep, or above which threshold: n_edges or threshold")
+        if threshold is not None and np.isnan(threshold):
+            raise OptionError("the threshold is not a number")
         importance = self.importance(by)
         scored = int(np.isfinite(importance).sum())
-        if n_edges is not None and not 0 <= n_edges <= scored:
+        if n_edges is not None and not (isinstance(n_edges, int | np.integer) and 0 <= n_edges <= scored):
             raise OptionError(f"cannot keep {n_edges} of {scored} scored edges")
         if search == "greedy":
             kept = _greedy(self.graph, importance, scored if n_edges is None else n_edges, threshold)
@@ -224,9 +231,9 @@ class Circuit:
     @staticmethod
     def load(path: str | Path) -> "Circuit":
         """Read EAP-IG's and MIB's JSON."""
-        from interp.circuits.export import load_circuit
+        from interp.circuits.export import read_circuit
 
-        return load_circuit(path)
+        return Circuit(**read_circuit(path))
 
     def to_networkx(self) -> "nx.MultiDiGraph":
         """The kept edges as a networkx graph; see `interp.circuits.export`."""
@@ -261,11 +268,11 @@ def _greedy(
 ) -> Bool[np.ndarray, "source target"]:
     """From the logits upstream: the best edge into a component that is in already, again and again."""
     owner = owners(graph)
-    readers_of = [np.flatnonzero(owner == writer) for writer in range(len(importance))]
+    readers_of = [np.flatnonzero(owner == writer).tolist() for writer in range(len(importance))]
     kept, seen = np.zeros(importance.shape, bool), np.zeros(len(importance), bool)
     heap: list[tuple[float, int, int]] = []
 
-    def open_up(targets: Iterable[int]) -> None:
+    def open_up(targets: list[int]) -> None:
         for target in targets:
             for source in np.flatnonzero(np.isfinite(importance[:, target])):
                 heappush(heap, (-importance[source, target], int(source), int(target)))
@@ -292,4 +299,6 @@ def _places(names: list[str], wanted: np.ndarray, axis: str) -> list[int]:
     index = {name: i for i, name in enumerate(names)}
     if strange := [str(name) for name in wanted if str(name) not in index]:
         raise SiteError(f"scores name a {axis} that the graph does not have: {name_some(strange)}")
+    if len(set(wanted)) < len(wanted):
+        raise SiteError(f"scores name a {axis} twice")
     return [index[str(name)] for name in wanted]

@@ -34,6 +34,8 @@ from interp.circuits.graph import Graph, edge_mask, readers, writers
 from interp.circuits.split import attn_written, heads_written
 from interp.directions import BASES, SIDES, Direction, Side, metric_attrs, other_side, warn_small_gap
 from interp.errors import OptionError, RulesError, one_of
+from interp.exact import Announce
+from interp.grids import position_labels
 from interp.metrics import Metric, get_metric
 from interp.model.config import ModelConfig
 from interp.model.run import canonical, record
@@ -54,8 +56,9 @@ def edge_scores(
     model: Transformer, pairs: PromptPairs, *,
     method: Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "exact"] = "eap",
     rules: str | Rules = "gradient", steps: int | None = None, level: Literal["edge", "node", "channel"] = "edge",
+    positions: Literal["all", "each"] = "all",
     metric: str | Callable | Metric = "logit_diff", direction: Direction = "denoise", normalize: bool = False,
-    max_memory: int | None = None, batch_size: int | None = None, progress: bool = False,
+    max_memory: int | None = None, batch_size: int | None = None, announce: Announce = None, progress: bool = False,
 ) -> xr.DataArray:  # fmt: skip
     """Estimated effect of patching every edge: [prompt, source, target], NaN where the model has no edge.
 
@@ -68,11 +71,13 @@ def edge_scores(
     steps: Gauss-Legendre points of a path (default 5).
     level: "node": what a component's score is, summed over what it writes to: [prompt, source]. "channel": the same by
         channel of its output: [prompt, source, channel], which EAP-IG calls neurons.
+    positions: "each" keeps the position at which u writes and v reads, as a last axis: as many numbers as there are tokens.
     Signs, units, direction and the other options: see `activation_patching`. Needs a model from `load_model` without hooks.
     """
     one_of(method, METHODS, "method")
     one_of(level, LEVELS, "level")
     one_of(direction, BASES, "direction")
+    one_of(positions, ("all", "each"), "positions")
     canonical(model, "scoring edges")
     check_sweepable(model)
     rules, metric = get_rules(rules), get_metric(metric)
@@ -82,9 +87,12 @@ def edge_scores(
     if method not in ("eap", "exact") and rules.needs_source:
         raise RulesError(f"rules {rules.name!r} lie between the two runs, so a path between them adds nothing: use eap")
     if method == "exact":
-        if level != "edge" or rules.settings():
-            raise OptionError("exact scores are of edges and follow no rules; for nodes see interp.activation_patching")
-        options = {"normalize": normalize, "max_memory": max_memory, "batch_size": batch_size, "progress": progress}
+        if level != "edge" or positions != "all" or rules.settings():
+            raise OptionError(
+                "exact scores are of edges, of all positions at once, and follow no rules; for nodes see activation_patching"
+            )
+        options = {"normalize": normalize, "max_memory": max_memory, "batch_size": batch_size, "progress": progress,
+                   "announce": announce}  # fmt: skip
         return edge_patching(model, pairs, metric=metric, direction=direction, **options)
     line = quadrature_points(5 if steps is None else steps, "gauss")
     chunks = [part for chunk in pairs.chunks(batch_size) for part in _in_memory(model, chunk, len(line[0]), max_memory)]
@@ -96,7 +104,7 @@ def edge_scores(
             unpatched.append(both.metrics())
             parts = []
             for side in sides:
-                parts.append(both.scores(side, method, line, level))
+                parts.append(both.scores(side, method, line, _Sheet(both, side, level, positions)))
                 bar.update()
             found.append(parts[0] if len(parts) == 1 else (parts[0] - parts[1]) / 2)
     clean, corrupt = (torch.cat([u[side] for u in unpatched]) for side in SIDES)
@@ -107,7 +115,12 @@ def edge_scores(
         values = values / torch.where(gap == 0, torch.nan, gap)
     axes = {"edge": ("source", "target"), "node": ("source",), "channel": ("source", "channel")}[level]
     names = {"source": writers(model.cfg), "target": readers(model.cfg), "channel": range(model.cfg.d_model)}
-    coords = {"prompt": range(len(pairs)), **{axis: names[axis] for axis in axes},
+    coords = {axis: names[axis] for axis in axes}
+    if positions == "each":
+        axes = (*axes, "position")
+        numbers = range(pairs.clean.shape[1])
+        coords |= {"position": numbers, "token": ("position", position_labels(pairs, numbers))}
+    coords = {"prompt": range(len(pairs)), **coords,
               "metric_clean": ("prompt", clean.numpy()), "metric_corrupt": ("prompt", corrupt.numpy())}  # fmt: skip
     attrs = {
         "method": method, "rules": rules.name, "switches": str(rules.settings()), "site": f"{level}s",
@@ -117,7 +130,16 @@ def edge_scores(
     values = values.numpy()
     if level == "edge":
         values[:, ~edge_mask(model.cfg)] = np.nan
+    if positions == "each":
+        np.moveaxis(values, -1, 1)[~pairs.is_token.cpu().numpy()] = np.nan
     return xr.DataArray(values, coords, ("prompt", *axes), attrs=attrs)
+
+
+def how_scored(attrs: dict) -> str:
+    """The method and, where they are not autograd's, the rules."""
+    if attrs["method"] == "edge_patching":
+        return "exact patching"
+    return attrs["method"] if attrs["rules"] == "gradient" else f"{attrs['method']} with rules {attrs['rules']}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,10 @@ class Group:
     @staticmethod
     def all(cfg: ModelConfig) -> list["Group"]:
         """In forward order."""
-        return [Group(cfg, "stream"), *(Group(cfg, kind, la) for la in range(cfg.n_layers) for kind in ("heads", "mlp"))]
+        return [
+            Group(cfg, "stream"),
+            *(Group(cfg, kind, la) for la in range(cfg.n_layers) for kind in ("heads", "mlp")),
+        ]
 
     @property
     def first(self) -> int:
@@ -163,9 +188,8 @@ class Runs:
         """The metric of both runs, on the CPU."""
         return {side: self.metric(self.logits[side], self.pairs, self.logits["clean"]).cpu() for side in SIDES}
 
-    def scores(self, base: Side, method: str, line: tuple[list[float], list[float]], level: str) -> Tensor:
+    def scores(self, base: Side, method: str, line: tuple[list[float], list[float]], sheet: "_Sheet") -> Tensor:
         """[prompt, ...] as `edge_scores` lays them out, on the CPU; what has no edge is 0."""
-        sheet = _Sheet(self, base, level)
         if method == "eap-ig-activations":
             self._along_outputs(sheet, line)
         elif method == "eap-ig":
@@ -186,7 +210,11 @@ class Runs:
         middle, after = self.traces[base].middle, [*self.traces[base].before[1:], self.traces[base].final]
         move = lambda stream, change: torch.cat([stream + p * change for p in points])  # noqa: E731
         change = self.start[other_side(base)] - self.start[base]
-        sheet.contract(self._backwards(trace(self.model, move(self.start[base], change)), base), line[1], only=Group(self.cfg, "stream"))
+        sheet.contract(
+            self._backwards(trace(self.model, move(self.start[base], change)), base),
+            line[1],
+            only=Group(self.cfg, "stream"),
+        )
         for layer, block in enumerate(self.model.blocks):
             mine, theirs = (self.outputs[side] for side in (base, other_side(base)))
             heads, mlp = Group(self.cfg, "heads", layer), Group(self.cfg, "mlp", layer)
@@ -223,10 +251,11 @@ class Runs:
 class _Sheet:
     """Contracts gradients with what each writer changes, a layer's heads or its MLP at a time."""
 
-    def __init__(self, runs: Runs, base: Side, level: str):
-        self.runs, self.base, self.cfg, self.level = runs, base, runs.cfg, level
+    def __init__(self, runs: Runs, base: Side, level: str, positions: str):
+        self.runs, self.base, self.cfg, self.level, self.each = runs, base, runs.cfg, level, positions == "each"
         n_writers, n_readers = edge_mask(self.cfg).shape
         shape = {"edge": (n_writers, n_readers), "node": (n_writers,), "channel": (n_writers, self.cfg.d_model)}[level]
+        shape = (*shape, runs.pairs.clean.shape[1]) if self.each else shape
         wide = torch.promote_types(runs.model.dtype, torch.float32)
         self.values = torch.zeros(len(runs.pairs), *shape, dtype=wide, device=runs.pairs.clean.device)
 
@@ -245,21 +274,30 @@ class _Sheet:
                 if only is None or at_start:
                     self._nodes(group, _weighted(arrived.written, weights))
 
-    def _edges(self, arrived: Arrived, inputs: Float[Tensor, "reader prompt position d_model"], only: Group | None) -> None:
+    def _edges(
+        self, arrived: Arrived, inputs: Float[Tensor, "reader prompt position d_model"], only: Group | None
+    ) -> None:
         heads = self.cfg.n_heads
         first = arrived.layer * (3 * heads + 1) + (3 * heads if arrived.kind == "mlp" else 0)
         columns = slice(first, first + len(inputs))
         before = Group(self.cfg, arrived.kind, arrived.layer).first if arrived.kind != "logits" else len(self.values[0])
         if arrived.kind == "mlp" and self.cfg.parallel:
             before -= heads
-        inputs = at_least_float32(inputs).movedim(1, 0).flatten(2).transpose(1, 2)
+        inputs = at_least_float32(inputs).movedim(1, 0)
         for group in [only] if only is not None else Group.all(self.cfg):
-            if group.first < before:
-                self.values[:, group.rows, columns] += self._change(group).flatten(2) @ inputs
+            if group.first >= before:
+                continue
+            change = self._change(group)
+            if self.each:
+                found = (change.transpose(1, 2) @ inputs.permute(0, 2, 3, 1)).permute(0, 2, 3, 1)
+            else:
+                found = change.flatten(2) @ inputs.flatten(2).transpose(1, 2)
+            self.values[:, group.rows, columns] += found
 
     def _nodes(self, group: Group, gradient: Float[Tensor, "prompt position d_model"]) -> None:
-        product = (self._change(group) * at_least_float32(gradient)[:, None]).sum(2)
-        self.values[:, group.rows] += product if self.level == "channel" else product.sum(-1)
+        product = self._change(group) * at_least_float32(gradient)[:, None]
+        product = product.transpose(2, 3) if self.level == "channel" else product.sum(-1)
+        self.values[:, group.rows] += product if self.each else product.sum(-1)
 
     def _change(self, group: Group) -> Float[Tensor, "prompt writer position d_model"]:
         """What these components write in the source run, less what they write in the base run."""

@@ -273,11 +273,16 @@ def minimality(
     masks[np.arange(len(sources)), sources, targets] = False
     f = evaluation.f(masks)
     return xr.DataArray(
-        f[-1] - f[:-1], {"edge": circuit.edges}, ("edge",), attrs={**evaluation.attrs("minimality"), "whole": float(f[-1])}
+        f[-1] - f[:-1],
+        {"edge": circuit.edges},
+        ("edge",),
+        attrs={**evaluation.attrs("minimality"), "whole": float(f[-1])},
     )
 
 
-def check_sign(model: Transformer, pairs: PromptPairs, circuit: Circuit, *, fraction: float = 0.02, **options) -> Circuit:
+def check_sign(
+    model: Transformer, pairs: PromptPairs, circuit: Circuit, *, fraction: float = 0.02, **options
+) -> Circuit:
     """The same circuit, knowing which sign of its scores helps: the one whose largest edges are the more faithful circuit."""
     evaluation = Evaluation(model, pairs, **options)
     _fits(circuit, evaluation.graph)

@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interp.circuits.graph import Graph, edge_mask, readers, select_edges, writers
 from interp.directions import BASES, Direction, metric_attrs, warn_small_gap
 from interp.errors import OptionError, one_of
 from interp.exact import SIDES, Announce, Reader
-from interp.circuits.graph import Graph, edge_mask, readers, select_edges, writers
 from interp.interventions import Values
 from interp.metrics import Metric, get_metric
 from interp.model import ops

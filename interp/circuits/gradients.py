@@ -84,9 +84,7 @@ def walk_back(
         if layer == run.first and down_to_mlp:
             yield Arrived(layer, "stream", None, behind)
             return
-        heads = _head_inputs(
-            block, run.before[i], None if other is None else other.before[i], behind, places, rules
-        )
+        heads = _head_inputs(block, run.before[i], None if other is None else other.before[i], behind, places, rules)
         yield Arrived(layer, "heads", heads, behind)
         gradient = gradient + into_mlp + heads.sum(0)
     yield Arrived(run.first, "stream", None, gradient)
@@ -128,9 +126,7 @@ def _head_inputs(
     bound = _against(rules, other, lambda x, r: write(x.expand(n, *x.shape), r))
     with torch.enable_grad():
         leaf = stream.detach().expand(n, *stream.shape).requires_grad_()
-        (found,) = torch.autograd.grad(
-            write(leaf, bound), leaf, gradient, allow_unused=True, materialize_grads=True
-        )
+        (found,) = torch.autograd.grad(write(leaf, bound), leaf, gradient, allow_unused=True, materialize_grads=True)
     return found
 
 

@@ -32,7 +32,7 @@ def head_outputs(
     heads: only these, one stream each (default: all). before: the residual stream at earlier positions, if the given ones are
     not the first; there all heads read the same.
     """
-    attn, (n_circuits, n_heads, n_prompts, _, _) = block.attn, streams["q"].shape
+    attn, n_circuits, n_prompts = block.attn, len(streams["q"]), streams["q"].shape[2]
     heads = range(block.cfg.n_heads) if heads is None else heads
     n_before = 0 if before is None else before.shape[1]
     rotation = None if attn.rotary is None else places.rotations[attn.rotary]
@@ -83,7 +83,12 @@ def _norm(norm: Norm, x: Tensor, rules: Rules) -> Tensor:
 
 
 def _read(
-    attn: Attention, name: str, x_crptd: Tensor, heads: Sequence[int], rotation: tuple[Tensor, Tensor] | None, rules: Rules
+    attn: Attention,
+    name: str,
+    x_crptd: Tensor,
+    heads: Sequence[int],
+    rotation: tuple[Tensor, Tensor] | None,
+    rules: Rules,
 ) -> Float[Tensor, "row position head d_head"]:
     """Queries, keys or values of these heads as attention takes them, each from its stream; a row is a circuit and a prompt."""
     n_readers, n_prompts = x_crptd.shape[1:3]

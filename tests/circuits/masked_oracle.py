@@ -3,7 +3,12 @@
 Of every component a reader gets ablated + mask * (output in this run - ablated), and nothing else is known here: no sums are
 shared, no readers are batched, and there is one circuit at a time. A layer's sublayers are the model's own, each head with
 its query, key and value from three streams. Streams may be nudged, which makes gradients at every reader's own input.
+
+Beside it: the circuits and the prompts that it is run on.
 """
+
+import dataclasses
+import random
 
 import numpy as np
 import torch
@@ -11,10 +16,50 @@ from torch import Tensor
 
 from interp import PromptPairs, Transformer
 from interp.circuits.ablations import Outputs
-from interp.circuits.graph import readers, writers
+from interp.circuits.graph import edge_mask, readers, writers
 from interp.model import ops
 from interp.rules import GRADIENT, Rules
-from tests.circuits.test_exact import ByHand, logit_diff
+from tests.circuits.test_exact import ByHand, logit_diff, prompts
+
+POST_NORM = ("gemma2", "gemma3", "olmo2")  # families whose heads do not write to the stream one by one
+
+
+def whole(cfg) -> torch.Tensor:
+    return torch.from_numpy(edge_mask(cfg))
+
+
+def circuits(cfg, seed: str, densities=(0.05, 0.5, 0.9)) -> torch.Tensor:
+    """[circuit, source, target]: random edges of the model, a circuit of each density."""
+    generator = torch.Generator().manual_seed(random.Random(seed).randrange(2**31))
+    chance = torch.rand(len(densities), *whole(cfg).shape, generator=generator)
+    return (chance < torch.tensor(densities)[:, None, None]) & whole(cfg)
+
+
+def fractions(cfg, n: int = 1, seed: int = 0) -> torch.Tensor:
+    """Shares of edges, a few of them beyond 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(n, *whole(cfg).shape, generator=generator, dtype=torch.float64) * 1.4 - 0.2) * whole(cfg)
+
+
+def cut(pairs: PromptPairs, i: int) -> PromptPairs:
+    """One prompt by itself, without padding."""
+    n, one = int(pairs.lengths[i]), pairs.take([i])
+    return dataclasses.replace(one, clean=one.clean[:, :n], corrupt=one.corrupt[:, :n])
+
+
+def late(which: str) -> tuple[PromptPairs, int]:
+    """Pairs that begin alike, and how many of their positions do: those before any of them differs or is read."""
+    if which == "middle":
+        return prompts().take([0, 2, 3]), 2
+    if which == "last":
+        return prompts().take([3]), 7
+    clean = prompts().clean[:3]
+    changed = clean.clone()
+    changed[:2, 6] = torch.tensor([50, 51])
+    short = dataclasses.replace(
+        prompts().take([0, 1, 3]), clean=clean, corrupt=changed, lengths=torch.tensor([8, 7, 4])
+    )
+    return short, 3
 
 
 def embeddings(model: Transformer, pairs: PromptPairs, side: str) -> Tensor:
@@ -124,9 +169,13 @@ def gradients(
     return dict(zip(nudges, found, strict=True))
 
 
-def eap_by_hand(model: Transformer, pairs: PromptPairs, direction: str, found: dict[str, Tensor]) -> np.ndarray:
+def eap_by_hand(
+    model: Transformer, pairs: PromptPairs, direction: str, found: dict[str, Tensor], *, positions: str = "all"
+) -> np.ndarray:
     """[prompt, source, target]: what each source writes in the other run less what it writes in the base run (under a
-    post-norm, what it alone changes of the normed sum), times these gradients. Also where there is no edge."""
+    post-norm, what it alone changes of the normed sum), times these gradients. Also where there is no edge. "each" keeps
+    positions, as a last axis."""
     by_hand = ByHand(model, pairs, direction)
     changes = torch.stack([by_hand.contribution(source) for source in writers(model.cfg)], 1)
-    return torch.einsum("pstd,prtd->psr", changes, torch.stack([found[v] for v in readers(model.cfg)], 1)).numpy()
+    scores = torch.einsum("pstd,prtd->psrt", changes, torch.stack([found[v] for v in readers(model.cfg)], 1)).numpy()
+    return scores if positions == "each" else scores.sum(-1)

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interp import PromptPairs, Transformer, activation_patching, corrupt, edge_patching
 from interp.circuits.exact import EdgeRuns
-from interp.errors import MetricError, OptionError, PatchError, SiteError
 from interp.circuits.graph import edge_mask, readers, select_edges, writers
+from interp.errors import MetricError, OptionError, PatchError, SiteError
 from interp.model.activations import ACTIVATIONS
 from interp.rules import GRADIENT
 from interp.sweep import SweepPlan, row_bytes

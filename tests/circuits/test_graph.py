@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interp import ModelConfig
-from interp.errors import SiteError
 from interp.circuits.graph import edge_mask, readers, select_edges, writers
+from interp.errors import SiteError
 from interp.model.run import record
 from interp.sites import parse_node
 from tests.small_pairs import refused

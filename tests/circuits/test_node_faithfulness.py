@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from interp import node_faithfulness
-from interp.errors import MetricError, OptionError, SiteError
 from interp.circuits.node_faithfulness import default_sizes
+from interp.errors import MetricError, OptionError, SiteError
 from interp.metrics import METRICS
 from interp.sites import component_nodes
 from tests.small_pairs import refused, small_pairs
