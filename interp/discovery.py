@@ -25,7 +25,7 @@ from interp.checking import SpotCheck, spot_check
 from interp.circuits.discovery import CircuitDiscovery, discover_circuit
 from interp.circuits.node_faithfulness import ABLATIONS, node_faithfulness
 from interp.directions import BASES, Direction
-from interp.errors import OptionError, one_of
+from interp.errors import OptionError, name_some, one_of
 from interp.exact import Announce
 from interp.metrics import Metric, get_metric
 from interp.model.transformer import Transformer

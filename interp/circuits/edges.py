@@ -10,10 +10,11 @@ What a component u writes to all its readers adds up to its node score: sum over
 post-norm stands between). Under a post-norm, out_u is the difference that u alone makes to the normed sum.
 
 Memory: readers are treated layer by layer, and so are writers against them, so that the widest tensors are one layer's readers
-and one layer's writers. With L layers of H heads, d channels and float32, one prompt's token needs 4 d (4L + 3H * 8 + H) bytes:
-both runs' streams, the readers' inputs with their graph, a layer's writers. Llama-3-8B's shape (L = H = 32, d = 4096): 15 MB,
-that is 230 MB for a prompt of 15 tokens beside the model; a [position, node, d_model] tensor of all 1,057 writers and the
-gradients of its 3,105 readers would take 65 MB a token. Prompts are chunked to `max_memory`.
+and one layer's writers. With L layers of H heads, d channels and float32, one prompt's token needs at most 4 d (4L + 29H)
+bytes: both runs' streams, the readers' inputs with their graph, a layer's writers (`benchmarks/circuits.py --memory` measures
+0.6 to 0.95 of that). Llama-3-8B's shape (L = H = 32, d = 4096): 17 MB, that is 260 MB for a prompt of 15 tokens beside the
+model, where a [node, d_model] tensor of all 1,057 writers and 3,105 readers would take 68 MB a token. Prompts are chunked to
+`max_memory`.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,12 +73,13 @@ def edge_scores(
     level: "node": what a component's score is, summed over what it writes to: [prompt, source]. "channel": the same by
         channel of its output: [prompt, source, channel], which EAP-IG calls neurons.
     positions: "each" keeps the position at which u writes and v reads, as a last axis: as many numbers as there are tokens.
+    announce: is told the plan of exact patching before it begins.
     Signs, units, direction and the other options: see `activation_patching`. Needs a model from `load_model` without hooks.
     """
     one_of(method, METHODS, "method")
     one_of(level, LEVELS, "level")
     one_of(direction, BASES, "direction")
-    one_of(positions, ("all", "each"), "positions")
+    one_of(positions, ("all", "each"), "choice of positions")
     canonical(model, "scoring edges")
     check_sweepable(model)
     rules, metric = get_rules(rules), get_metric(metric)
@@ -123,7 +125,7 @@ def edge_scores(
     coords = {"prompt": range(len(pairs)), **coords,
               "metric_clean": ("prompt", clean.numpy()), "metric_corrupt": ("prompt", corrupt.numpy())}  # fmt: skip
     attrs = {
-        "method": method, "rules": rules.name, "switches": str(rules.settings()), "site": f"{level}s",
+        "method": method, "rules": rules.name, "switches": str(rules.settings()), "site": f"{level}s", "positions": positions,
         "steps": len(line[0]) if "ig" in method.split("-") else 0, "direction": direction, "normalized": int(normalize),
         **metric_attrs([metric], direction, normalize), **Graph.of(model.cfg).attrs(), **provenance(model, pairs),
     }  # fmt: skip
@@ -323,8 +325,8 @@ def _weighted(gradient: Float[Tensor, "*_ row position d_model"], weights: list[
 
 
 def bytes_per_prompt(cfg: ModelConfig, n_tokens: int, copies: int, element_size: int) -> int:
-    """Estimated peak of scoring edges, beside the model; see the module."""
-    streams = 4 * cfg.n_layers + 24 * cfg.n_heads * copies + cfg.n_heads
+    """Estimated peak of scoring edges, beside the model and the scores themselves; see the module."""
+    streams = 4 * cfg.n_layers + 28 * cfg.n_heads * copies + cfg.n_heads
     return n_tokens * cfg.d_model * streams * element_size
 
 

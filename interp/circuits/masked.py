@@ -29,7 +29,7 @@ from interp.sweep import check_sweepable, chunk_ranges, in_halves, memory_limit
 from interp.tasks.pairs import PromptPairs
 
 Masks = Float[Tensor, "circuit source target"] | Bool[Tensor, "circuit source target"]
-Changes = Float[Tensor, "circuit writer prompt position d_model"]
+Changes = Float[Tensor, "_ writer prompt position d_model"]  # _: a circuit each, or 1 for all
 
 
 class MaskedRuns:
@@ -47,7 +47,8 @@ class MaskedRuns:
         self.at_end = torch.arange(len(pairs), device=pairs.clean.device), pairs.read_at
         self.clean_final = values[last][self.at_end]
         self.positions_only = values[start] - self.clean.embed
-        self.n_writers, self.n_readers = edge_mask(self.cfg).shape
+        self.there = torch.from_numpy(edge_mask(self.cfg)).to(pairs.clean.device)
+        self.n_writers, self.n_readers = self.there.shape
         self.first = self._first_change()
 
     def with_ablated(self, ablated: Outputs) -> "MaskedRuns":
@@ -70,7 +71,7 @@ class MaskedRuns:
         cost = np.full(len(masks), self.bytes_per_circuit())
         ranges = chunk_ranges(cost, memory_limit(self.model.device, self.max_memory))
         found = in_halves(ranges, lambda a, b: self.final(masks[a:b]), f"one circuit on {len(self.pairs)} prompts")
-        return torch.cat(list(found))
+        return torch.cat([self.clean_final.new_zeros(0, *self.clean_final.shape), *found])
 
     def bytes_per_circuit(self) -> int:
         """Estimated peak: every component's change, and the streams of one layer's readers on their way through it."""
@@ -78,10 +79,11 @@ class MaskedRuns:
         return self.model.W_E.element_size() * cells * (self.n_writers + 6 * 3 * self.cfg.n_heads)
 
     def final(self, masks: Masks) -> Float[Tensor, "circuit prompt d_model"]:
-        """The same in one batch; with a graph if the masks or the ablated values ask for one."""
+        """The same in one batch; with a graph if the masks or the ablated values ask for one and have a say in it."""
         cfg, untouched, t0 = self.cfg, self._untouched(masks), self.first
         if untouched > cfg.n_layers:
             return self.clean_final.expand(len(masks), -1, -1)
+        masks = masks * self.there  # a parallel layer's heads have written when its MLP reads, which reads none of them
         needed = self._needed(masks)
         clean, ablated = self.clean.map(lambda x: x[:, t0:]), self.ablated.map(lambda x: x[:, t0:] if t0 else x)
         arriving = _Arriving(masks.to(clean.embed.dtype), keep_graph=torch.is_grad_enabled())
@@ -129,8 +131,7 @@ class MaskedRuns:
         """How many layers, from the first, keep all their edges in every circuit; one more if the logits do as well."""
         if masks.dtype != torch.bool:
             return 0
-        there = torch.from_numpy(edge_mask(self.cfg)).to(masks.device)
-        whole = (masks | ~there).all(0).all(0).cpu().numpy()
+        whole = (masks | ~self.there).all(0).all(0).cpu().numpy()
         per_layer = 3 * self.cfg.n_heads + 1
         layers = np.append(whole[:-1].reshape(-1, per_layer).all(1), whole[-1])
         return len(layers) if layers.all() else int(layers.argmin())

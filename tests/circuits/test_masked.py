@@ -227,10 +227,7 @@ def test_corrupted_embeddings_are_an_ablation_too(tiny, family):
     assert_slow_runs(model, pairs, ablated, masks, found)
 
 
-PARALLEL = pytest.mark.xfail(strict=True, reason="set for the heads beside a parallel MLP, the mask lets them through")
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", *(pytest.param(f, marks=PARALLEL) for f in ("pythia", "gptj"))])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "pythia", "gptj"])
 def test_what_is_no_edge_carries_nothing(tiny, family):
     """A mask may be set where the model has no edge: from later components, or from the heads beside a parallel MLP."""
     model, pairs = tiny(family, DOUBLE), prompts()
