@@ -172,10 +172,15 @@ def faithfulness_curve(
     ranked = scores if isinstance(scores, Circuit) else Circuit.ranked(scores)
     _fits(ranked, evaluation.graph)
     total, sizes = int(edge_mask(ranked.graph).sum()), sorted(set(fractions))
+    if not sizes:
+        raise OptionError("no sizes to measure")
     if bad := [k for k in sizes if not 0 <= k <= 1]:
         raise OptionError(f"a share of the edges lies between 0 and 1, not {bad[0]}")
+    scored = len(ranked.order("size"))
     counts = [int(np.floor(k * total + 1e-9)) for k in sizes]
-    circuits = [ranked.top(n, by=by, search=search, prune=prune) for by in ("value", "size") for n in counts]
+    circuits = [
+        ranked.top(min(n, scored), by=by, search=search, prune=prune) for by in ("value", "size") for n in counts
+    ]
     measured = evaluation(np.stack([c.kept for c in circuits]))
     shape = (2, len(sizes))
     f, low, high = (x.reshape(shape) for x in measured.faithfulness(seed=seed))
@@ -208,6 +213,10 @@ def smallest_circuit(
     ranked = scores if isinstance(scores, Circuit) else Circuit.ranked(scores)
     _fits(ranked, evaluation.graph)
     scored = len(ranked.order("size"))
+    if not scored:
+        raise OptionError("these scores rank no edge")
+    if not target > 0:
+        raise OptionError(f"the faithfulness to reach lies above 0, not at {target:g}: no edges at all have 0")
 
     def measure(sizes: list[int]) -> list[tuple[Circuit, float]]:
         circuits = [ranked.top(n, by=by, search=search, prune=prune) for n in sizes]
@@ -283,13 +292,22 @@ def minimality(
 def check_sign(
     model: Transformer, pairs: PromptPairs, circuit: Circuit, *, fraction: float = 0.02, **options
 ) -> Circuit:
-    """The same circuit, knowing which sign of its scores helps: the one whose largest edges are the more faithful circuit."""
+    """The same circuit, knowing which sign of its scores helps: the one whose largest edges are the more faithful circuit.
+
+    fraction: of the scored edges; doubled until the two circuits differ in faithfulness by more than 0.001. `OptionError` if
+    they never do.
+    """
     evaluation = Evaluation(model, pairs, **options)
     _fits(circuit, evaluation.graph)
-    n = max(1, int(fraction * edge_mask(circuit.graph).sum()))
+    scored = len(circuit.order("size"))
     either = [circuit.with_attrs(helpful_sign=sign) for sign in (1, -1)]
-    f = evaluation.f(np.stack([one.top(n, by="value").kept for one in either]))
-    return either[int(f[1] > f[0])]
+    n = max(1, int(fraction * scored))
+    while n < scored:
+        positive, negative = evaluation.f(np.stack([one.top(n, by="value").kept for one in either]))
+        if abs(positive - negative) > 1e-3:
+            return either[int(negative > positive)]
+        n = 2 * n
+    raise OptionError("neither sign of these scores gives the more faithful circuits: they do not tell what helps")
 
 
 def _fits(circuit: Circuit, graph: Graph) -> None:

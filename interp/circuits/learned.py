@@ -7,13 +7,14 @@ which a gradient can pass:
 
 hard-concrete  a stretched, clipped sigmoid of logistic noise (Louizos et al. 1712.01312), as Edge Pruning and subnetwork
                probing use it: most of its mass lies at exactly 0 and 1
-ugs            uniform gradient sampling (Li & Janson 2409.09951): 0 or 1 with the edge's probability p, except in a share
-               p (1 - p) of the draws, where the mask is uniform between; the gradient comes from those, and on average it is
-               what the edge's presence changes, without a temperature
+ugs            uniform gradient sampling (Li & Janson 2409.09951): 0 or 1, except in a share p (1 - p) of the draws, where the
+               mask is uniform between, and p on average; the gradient comes from the draws between, and on average it is what
+               the edge's presence changes, without a temperature
 
 What comes out are keeping probabilities, which are scores like any other: cut circuits from them by threshold or size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -38,6 +39,7 @@ from interp.tasks.pairs import PromptPairs
 
 SAMPLERS = ("ugs", "hard-concrete")
 _TEMPERATURE, _LEFT, _RIGHT = 2 / 3, -0.1, 1.1  # the hard-concrete distribution's usual constants
+_SHIFT = -_TEMPERATURE * math.log(-_LEFT / _RIGHT)  # from its logits to those of a mask that is not 0
 
 
 def learn_mask(
@@ -56,7 +58,7 @@ def learn_mask(
     one_of(method, SAMPLERS, "method")
     one_of(ablation, [a for a in ABLATIONS if a != "optimal"], "ablation of a learned mask")
     canonical(model, "learning a mask")
-    if steps < 1 or n_samples < 1 or n_prompts < 1 or not learning_rate > 0 or penalty < 0 or not 0 < start < 1:
+    if steps < 1 or n_samples < 1 or n_prompts < 1 or not learning_rate > 0 or not penalty >= 0 or not 0 < start < 1:
         raise OptionError(
             "a mask is learned in at least 1 step on at least 1 sample and prompt, at a positive rate, with a penalty of at "
             f"least 0 and a start between 0 and 1; not {steps}, {n_samples}, {n_prompts}, {learning_rate}, {penalty}, {start}"
@@ -64,9 +66,11 @@ def learn_mask(
     metric, graph = get_metric(metric), Graph.of(model.cfg)
     there = torch.from_numpy(edge_mask(graph)).to(pairs.clean.device)
     generator = torch.Generator(device=there.device).manual_seed(seed)
-    sample, expected = {"ugs": (_ugs, torch.sigmoid), "hard-concrete": (_hard_concrete, _chance_of_some)}[method]
+    sample, expected, shift = {
+        "ugs": (_ugs, torch.sigmoid, 0.0), "hard-concrete": (_hard_concrete, _chance_of_some, _SHIFT)
+    }[method]  # fmt: skip
     logits = torch.full(
-        (int(there.sum()),), float(np.log(start / (1 - start))), device=there.device, requires_grad=True
+        (int(there.sum()),), float(np.log(start / (1 - start))) - shift, device=there.device, requires_grad=True
     )
     optimizer = torch.optim.Adam([logits], lr=learning_rate)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
@@ -86,7 +90,7 @@ def learn_mask(
                 (logits.grad,) = torch.autograd.grad(loss + penalty * chances, logits)
             optimizer.step()
             decay.step()
-            history.append((float(loss), float(chances)))
+            history.append((loss.item(), chances.item()))
             bar.set_postfix(loss=f"{history[-1][0]:.3g}", edges=f"{history[-1][1]:.0f}")
     last = np.mean(history[-max(1, steps // 10) :], 0)
     values = np.full(there.shape, np.nan)
@@ -94,7 +98,8 @@ def learn_mask(
     attrs = {
         "method": f"learn_mask ({method})", "site": "edges", "helpful_sign": 1, "penalty": penalty, "steps": steps,
         "mask_seed": seed, "ablation": ablation, "loss": float(last[0]), "expected_edges": float(last[1]),
-        **metric_attrs([metric], "noise"), "unit": "keeping probability", **graph.attrs(), **provenance(model, pairs),
+        **metric_attrs([metric], "noise"), "unit": "keeping probability",
+        "sign": "larger means more worth its penalty", **graph.attrs(), **provenance(model, pairs),
     }  # fmt: skip
     return xr.DataArray(values, {"source": writers(graph), "target": readers(graph)}, ("source", "target"), attrs=attrs)
 
@@ -118,7 +123,7 @@ def _hard_concrete(logits: Float[Tensor, " edge"], noise: Float[Tensor, "sample 
 
 def _chance_of_some(logits: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
     """The probability that a hard-concrete mask is not 0."""
-    return (logits - _TEMPERATURE * float(np.log(-_LEFT / _RIGHT))).sigmoid()
+    return (logits + _SHIFT).sigmoid()
 
 
 def _loss(

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp.circuits.ablations import Outputs, ablated_outputs
+from interp.circuits.graph import edge_mask
 from interp.circuits.masked import MaskedRuns
 from interp.errors import OptionError
 from interp.model.transformer import Transformer
@@ -45,6 +46,9 @@ def optimal_outputs(
     groups = [{"params": [x], "lr": learning_rate * (float(x.detach().square().mean().sqrt()) + 1e-6)} for x in leaves]
     optimizer = torch.optim.Adam(groups)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+    masks = masks[(edge_mask(model.cfg) & ~masks).any((1, 2))]  # in the whole model nothing is ablated
+    if not len(masks):
+        return constants.map(Tensor.detach)
     draw, device = np.random.default_rng(seed), pairs.clean.device
     runs: dict[bytes, MaskedRuns] = {}
     best, kept = torch.inf, constants.map(lambda x: x.detach().clone())
@@ -58,10 +62,8 @@ def optimal_outputs(
         with torch.enable_grad():
             final = run.final(torch.from_numpy(chosen).to(device))
             loss = kl_to_clean(model, final, run.clean_final).mean()
-            if not loss.requires_grad:  # the whole model: nothing is ablated
-                return kept
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        average = float(loss) if average is None else 0.9 * average + 0.1 * float(loss)
+        average = loss.item() if average is None else 0.9 * average + 0.1 * loss.item()
         if average <= best:
             best, kept = average, constants.map(lambda x: x.detach().clone())
         for leaf, gradient in zip(leaves, gradients, strict=True):

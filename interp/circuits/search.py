@@ -57,7 +57,7 @@ def acdc(
             for target in set(stage) - set(alive):
                 bar.update(int(kept[:, target].sum()))
                 kept[:, target] = False
-            todo = [(source, target) for target in alive for source in np.flatnonzero(kept[:, target])[::-1]]
+            todo = [(source, target) for target in alive for source in np.flatnonzero(kept[:, target])[::-1].tolist()]
             while todo:
                 tried = todo[:batch]
                 changes = _changes(loss, kept, tried, together=guess)
@@ -70,8 +70,11 @@ def acdc(
                 batch = min(2 * batch, _LARGEST) if n == len(tried) else max(_SMALLEST, min(2 * n, _LARGEST))
                 guess, todo = bool(gone[n - 1]), todo[n:]
                 bar.update(n)
-    attrs = {**evaluation.attrs("acdc"), "threshold": threshold, "order": "logits to input, latest writer first",
-             "helpful_sign": 1, "n_measured": measured, "n_decided": decided}  # fmt: skip
+    attrs = {
+        **evaluation.attrs("acdc"), "threshold": threshold, "order": "logits to input, latest writer first", "helpful_sign": 1,
+        "sign": "positive means that leaving the edge out moves the model away from itself", "n_measured": measured,
+        "n_decided": decided,
+    }  # fmt: skip
     return Circuit(graph, kept, scores, attrs)
 
 
@@ -95,7 +98,9 @@ def eliminate(
     n_gone = 0
     with tqdm(total=total, desc="eliminate", unit="edge", disable=not progress, leave=False) as bar:
         while n_gone < total:
-            places = [(source, target) for target, source in zip(*kept.T.nonzero(), strict=True)]
+            places = [
+                (source, target) for target, source in np.argwhere(kept.T).tolist()
+            ]  # by target: beginnings are shared
             changes = _changes(lambda masks: evaluation(masks).circuits.mean(0), kept, places, together=False)
             n = len(places) - int(keep * len(places))
             for i in np.argsort(np.abs(changes), kind="stable")[:n]:

@@ -92,8 +92,8 @@ def auroc(
         importance = np.nan_to_num(ranked.importance(by), nan=-np.inf)
         ranks = stats.rankdata(importance[there])
         return float((ranks[known.kept[there]].sum() - positive * (positive + 1) / 2) / (positive * negative))
-    total = int(there.sum())
-    found = [ranked.top(int(k * total), by=by, search="greedy", prune=False).kept for k in MIB_FRACTIONS]
+    total, scored = int(there.sum()), len(ranked.order(by))
+    found = [ranked.top(min(int(k * total), scored), by=by, search="greedy", prune=False).kept for k in MIB_FRACTIONS]
     tpr = np.array([(kept & known.kept).sum() / positive for kept in found])
     fpr = np.array([(kept & ~known.kept).sum() / negative for kept in found])
     return float(np.trapezoid(tpr, fpr) / fpr[-1])

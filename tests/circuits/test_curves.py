@@ -56,7 +56,8 @@ def test_a_curve_is_circuits_of_growing_size_and_their_areas(tiny, search, prune
     assert found.fraction.values.tolist() == list(MIB_FRACTIONS)
     for by in ("value", "size"):
         chosen = [
-            Circuit.from_scores(scores, n_edges=n, by=by, search=search, prune=prune) for n in found.n_edges.values
+            Circuit.from_scores(scores, n_edges=n, by=by, search=search, prune=prune)
+            for n in found.n_edges.values.tolist()
         ]
         alone = faithfulness(model, pairs, chosen)
         for name in ("faithfulness", "low", "high"):
@@ -82,7 +83,7 @@ def test_the_value_ranking_goes_by_what_helps_and_the_other_by_size(tiny):
     by_effect = noise.mean("prompt").stack(edge=("source", "target")).dropna("edge")
     for by, rank in (("value", by_effect), ("size", -np.abs(by_effect))):
         edges = [f"{u}->{v}" for u, v in by_effect.edge.values[np.argsort(rank.values)]]
-        chosen = [Circuit.from_edges(Graph.of(model.cfg), edges[:n]) for n in found[0].n_edges.values]
+        chosen = [Circuit.from_edges(Graph.of(model.cfg), edges[:n]) for n in found[0].n_edges.values.tolist()]
         alone = faithfulness(model, pairs, chosen).faithfulness
         np.testing.assert_allclose(found[0].faithfulness.sel(by=by), alone, rtol=1e-9, atol=1e-10)
     loaded = dataclasses.replace(Circuit.ranked(noise), attrs={"helpful_sign": -1})
@@ -131,7 +132,7 @@ def test_curves_of_known_circuits_are_steps(circuit):
     """Below the circuit's size something lacks, from there on nothing does."""
     known = circuit()
     n, total = len(known.edges), int(edge_mask(known.model.cfg).sum())
-    found = faithfulness_curve(known.model, known.pairs, exact(known), fractions=[0, n / total, 0.3, 1.0])
+    found = faithfulness_curve(known.model, known.pairs, exact(known), fractions=[0.0, n / total, 0.3, 1.0])
     np.testing.assert_allclose(found.faithfulness.sel(by="size"), [0, 1, 1, 1], rtol=0, atol=1e-8)
     assert found.n_edges.values.tolist() == [0, n, int(0.3 * total), total]
     assert "cpr_log" not in found

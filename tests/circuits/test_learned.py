@@ -43,8 +43,8 @@ def inside_and_outside(scores, known: KnownCircuit) -> tuple[np.ndarray, np.ndar
 
 
 def every_noise(n: int) -> torch.Tensor:
-    """[n, 1]: evenly spaced between 0 and 1, so that a mean over them is an integral."""
-    return ((torch.arange(n, dtype=DOUBLE) + 0.5) / n)[:, None]
+    """[n, edge]: evenly spaced between 0 and 1, so that a mean over them is an integral."""
+    return ((torch.arange(n, dtype=DOUBLE) + 0.5) / n)[:, None].expand(n, len(LOGITS))
 
 
 # -------------------------------------------------------------------------------------------------------- known circuits

@@ -174,7 +174,7 @@ def test_acdc_keeps_all_that_makes_a_difference_at_threshold_zero(tiny):
     model, pairs = tiny("gpt2", DOUBLE), small_pairs(n=3)
     effects = edge_patching(model, pairs, direction="noise")
     some = np.abs(effects).max("prompt").values > TINY
-    assert not (some & ~acdc(model, pairs, threshold=0, metric="logit_diff").kept).any()
+    assert not (some & ~acdc(model, pairs, threshold=0.0, metric="logit_diff").kept).any()
     found = acdc(model, pairs, threshold=TINY, metric="logit_diff")  # 0, if it were not for rounding
     np.testing.assert_array_equal(found.kept, some)
     assert 0 < (edge_mask(model.cfg) & ~some).sum() < some.sum()
