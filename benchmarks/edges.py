@@ -163,10 +163,8 @@ def main() -> None:
     found["exact_32_pairs"] = exact(args.repeats)
     print(f"all 1,519 exact edges, 32 pairs: {found['exact_32_pairs']:.2f} s")
     found["memory_over_promised"] = memory()
-    print(
-        "peak memory over what was promised:",
-        {rules: round(share, 2) for rules, share in found["memory_over_promised"].items()},
-    )
+    shares = ", ".join(f"{share:.2f} ({rules})" for rules, share in found["memory_over_promised"].items())
+    print(f"peak memory over what was promised: {shares}")
     if args.out:
         about = {"versions": versions(), "threads": torch.get_num_threads()}
         write_atomically(args.out, json.dumps({"about": about, **found}, indent=1))

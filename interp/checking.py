@@ -34,13 +34,15 @@ class SpotCheck:
     table: pd.DataFrame
     n_checked: int
     n_places: int
+    kind: str = "places"
 
     @property
     def says(self) -> str:
         """One line: what was checked."""
         if self.n_checked == self.n_places:
-            return f"agreement with exact patching on all {self.n_places:,} places, per prompt"
-        return f"agreement with exact patching on {self.n_checked:,} of {self.n_places:,} places drawn at random, per prompt"
+            return f"agreement with exact patching on all {self.n_places:,} {self.kind}, per prompt"
+        drawn = f"{self.n_checked:,} of {self.n_places:,} {self.kind} drawn at random"
+        return f"agreement with exact patching on {drawn}, per prompt"
 
     def __str__(self) -> str:
         return f"{self.says}; 95 % bootstrap over prompts\n{agreement_text(self.table)}"

@@ -43,6 +43,5 @@ def check_edges(
     edges = ranked.with_edges(kept).edges
     exact = edge_patching(model, pairs, edges=edges, metric=metric, direction=approximate.attrs["direction"], **options)
     ours = approximate.sel(source=exact.source.values, target=exact.target.values).transpose(*exact.dims)
-    return SpotCheck(
-        compare(ours.where(exact.notnull()).assign_attrs(approximate.attrs), exact, seed=seed), len(edges), total
-    )
+    table = compare(ours.where(exact.notnull()).assign_attrs(approximate.attrs), exact, seed=seed)
+    return SpotCheck(table, len(edges), total, kind="edges")

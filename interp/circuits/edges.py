@@ -12,7 +12,7 @@ post-norm stands between). Under a post-norm, out_u is the difference that u alo
 Memory: readers are treated layer by layer, and so are writers against them, so that the widest tensors are one layer's readers
 and one layer's writers. With L layers of H heads, d channels and float32, one prompt's token needs at most 4 d (4L + 29H)
 bytes: both runs' streams, the readers' inputs with their graph, a layer's writers (`benchmarks/edges.py` measures
-0.6 to 0.95 of that). Llama-3-8B's shape (L = H = 32, d = 4096): 17 MB, that is 260 MB for a prompt of 15 tokens beside the
+0.56 and 0.69 of that). Llama-3-8B's shape (L = H = 32, d = 4096): 17 MB, that is 260 MB for a prompt of 15 tokens beside the
 model, where a [node, d_model] tensor of all 1,057 writers and 3,105 readers would take 68 MB a token. Prompts are chunked to
 `max_memory`.
 """

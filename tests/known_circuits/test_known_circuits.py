@@ -6,8 +6,9 @@ import torch
 import xarray as xr
 from scipy.stats import rankdata
 
-from interp import edge_patching
-from interp.circuits.graph import edge_mask, readers, writers
+import interp
+from interp import Circuit, edge_patching, edge_scores
+from interp.circuits.graph import Graph, edge_mask, readers, writers
 from interp.metrics import get_metric
 from interp.sites import SITES, component_nodes
 from tests.known_circuits.building import BOS, LOGIT, KnownCircuit
@@ -107,6 +108,19 @@ def test_the_final_norm_is_the_identity(circuit):
     _, cache = known.model.run_with_cache(known.pairs.clean, names_filter=name)
     resid = cache[name][:, -1]
     torch.testing.assert_close(known.model.ln_final(resid), resid, rtol=1e-10, atol=0)
+
+
+@EACH
+@pytest.mark.parametrize(
+    "options", [{"rules": "secant"}, {"method": "eap-ig"}, {"method": "eap-ig-activations"}], ids=str
+)
+def test_approximations_between_the_runs_rank_every_known_circuit_first(circuit, options):
+    """At the ends of a saturated softmax or ReLU gradients are 0; what other methods score is in `benchmarks/results`."""
+    known = circuit()
+    scores = edge_scores(known.model, known.pairs, direction=known.direction, **options)
+    truth = Circuit.from_edges(Graph.of(known.model.cfg), known.edges)
+    # effects of opposite sign in different prompts are effects: sizes are averaged
+    assert interp.auroc(np.abs(scores).assign_attrs(scores.attrs), truth) == 1.0
 
 
 def test_a_score_that_ranks_edges_at_random_or_all_alike_has_an_auroc_of_one_half():
