@@ -111,8 +111,7 @@ def _agreement(d: CircuitDiscovery) -> str:
     return (
         "<h2>How far to trust the scores</h2>"
         "<p class='note'>Scores are estimates; the circuit's faithfulness is measured. Below: "
-        f"{html.escape(d.agreement.says)}, with 95 % bootstrap intervals.</p>"
-        + agreement_table(d.agreement.table)
+        f"{html.escape(d.agreement.says)}, with 95 % bootstrap intervals.</p>" + agreement_table(d.agreement.table)
     )
 
 
