@@ -122,6 +122,8 @@ def discover(
         if rules is not None:
             of_edges.setdefault("method", "eap")
         return discover_circuit(model, pairs, direction=direction or "noise", **options, **of_edges)
+    if strange := set(of_edges) - {"method", "n_edges", "target", "by", "search", "n_resamples"}:
+        raise TypeError(f"discover has no option {', '.join(sorted(strange))}")
     if of_edges:
         raise OptionError(f'{name_some(list(of_edges))}: for level="edge" only')
     direction = one_of(direction or "denoise", BASES, "direction")

@@ -87,7 +87,7 @@ class CircuitDiscovery:
             "",
             f"score in {a['unit'] or 'the metric'}, {a['sign']}",
             f"faithfulness {float(f.faithfulness[0]):.3f} (95 % interval {float(f.low[0]):.3f} to {float(f.high[0]):.3f}), "
-            f"{f.attrs['ablation']} ablation of the rest; without the circuit's edges {float(self.completeness.complement):.3f}",
+            f"{f.attrs['ablation']} ablation of the rest; without the circuit's edges {float(self.completeness.complement):z.3f}",
             f"over all sizes: CPR {float(self.curve.cpr):.3f}, CMD {float(self.curve.cmd):.4f}",
             stability_text(self.stability),
         ]  # fmt: skip

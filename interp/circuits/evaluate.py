@@ -97,16 +97,17 @@ class Evaluation:
 
     def _begin(self, masks: np.ndarray) -> None:
         """Both ends of the scale."""
-        model, options = self.model, {"max_memory": self.max_memory}
+        model = self.model
         if self.ablation == "optimal":
             constants = optimal_outputs(model, self.reference, masks, seed=self.seed, progress=self.progress)
-            self._runs = [MaskedRuns(model, batch, constants, **options) for batch in self.batches]
+            ablated = [constants] * len(self.batches)
         else:
-            held = None if self.reference is self.pairs and len(self.batches) == 1 else self.reference
-            self._runs = [
-                MaskedRuns(model, batch, ablated_outputs(model, batch, self.ablation, reference=held), **options)
-                for batch in self.batches
-            ]
+            ablated = [ablated_outputs(model, b, self.ablation, reference=self.reference) for b in self.batches]
+        if self._runs:
+            self._runs = [runs.with_ablated(values) for runs, values in zip(self._runs, ablated, strict=True)]
+        else:
+            both = zip(self.batches, ablated, strict=True)
+            self._runs = [MaskedRuns(model, batch, values, max_memory=self.max_memory) for batch, values in both]
         first, self._readers, ends = 0, [], {"clean": [], "empty": []}
         for runs in self._runs:
             reader = Reader(runs.pairs, [self.metric], model, first=first)
@@ -177,7 +178,7 @@ def faithfulness_curve(
     if bad := [k for k in sizes if not 0 <= k <= 1]:
         raise OptionError(f"a share of the edges lies between 0 and 1, not {bad[0]}")
     scored = len(ranked.order("size"))
-    counts = [int(np.floor(k * total + 1e-9)) for k in sizes]
+    counts = [nominal_size(k, total) for k in sizes]
     circuits = [
         ranked.top(min(n, scored), by=by, search=search, prune=prune) for by in ("value", "size") for n in counts
     ]
@@ -198,6 +199,11 @@ def faithfulness_curve(
         attrs={**evaluation.attrs("faithfulness_curve"), "scored_by": str(ranked.attrs.get("method", "a file")),
                "rules": str(ranked.attrs.get("rules", "")), "search": search, "pruned": int(prune)},
     )  # fmt: skip
+
+
+def nominal_size(fraction: float, total: int) -> int:
+    """floor(fraction * total), as MIB counts the edges of a size before pruning."""
+    return int(np.floor(fraction * total + 1e-9))  # 0.29 * 100 is a little less than 29
 
 
 def smallest_circuit(

@@ -85,7 +85,7 @@ def _circuit(d: CircuitDiscovery) -> str:
         f"<h2>The circuit</h2><p>{c.n_edges:,} of the model's edges, between {len(c.nodes)} components. With these edges alone "
         f"(everything else: {html.escape(f.attrs['ablation'])} ablation) the model keeps <b>{float(f.faithfulness[0]):.1%}</b> "
         f"of the behaviour (95 % interval over prompts {float(f.low[0]):.1%} to {float(f.high[0]):.1%}); without them, "
-        f"{float(d.completeness.complement):.1%}.</p>"
+        f"{float(d.completeness.complement):z.1%}.</p>"
         + figure_html(draw_circuit(c), "Width: size of the score. Blue edges help the answer, red ones work against it. "
                       "Point at the middle of an edge for its numbers.")
         + f"<table><tr><th>edge</th><th>score ({html.escape(d.attrs['unit'])})</th><th>in resampled circuits</th></tr>{rows}"

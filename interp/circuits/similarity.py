@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from scipy import stats
 
 from interp.circuits.circuit import Circuit
-from interp.circuits.evaluate import MIB_FRACTIONS
+from interp.circuits.evaluate import MIB_FRACTIONS, nominal_size
 from interp.circuits.graph import edge_mask, readers, writers
 from interp.errors import OptionError, SiteError, one_of
 
@@ -93,7 +93,9 @@ def auroc(
         ranks = stats.rankdata(importance[there])
         return float((ranks[known.kept[there]].sum() - positive * (positive + 1) / 2) / (positive * negative))
     total, scored = int(there.sum()), len(ranked.order(by))
-    found = [ranked.top(min(int(k * total), scored), by=by, search="greedy", prune=False).kept for k in MIB_FRACTIONS]
+    found = [
+        ranked.top(min(nominal_size(k, total), scored), by=by, search="greedy", prune=False).kept for k in MIB_FRACTIONS
+    ]
     tpr = np.array([(kept & known.kept).sum() / positive for kept in found])
     fpr = np.array([(kept & ~known.kept).sum() / negative for kept in found])
     return float(np.trapezoid(tpr, fpr) / fpr[-1])
