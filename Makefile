@@ -1,16 +1,20 @@
 # make demo: from nothing to a report.   make test: from nothing to a tested checkout.
+# make test-typed: the same, with the shapes and types of every call checked, which takes twice as long; CI runs this one.
 PYTHON ?= python3
 VENV   ?= .venv
 WORKERS ?= 2
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint models wheel clean
+.PHONY: demo test test-typed lint models wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/interp discover
 
 test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-typed: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --jaxtyping-packages=interp,interp_kernels,beartype.beartype
 
 lint: $(VENV)/.installed-dev

@@ -12,6 +12,10 @@ import torch
 # is first imported, so this stands before any test is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Kernels run in Triton's interpreter where there is no GPU. Read when triton is first imported, which transformers does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The models here are so small that threads cost more than they give, and other jobs may share the machine.
 torch.set_num_threads(1)
 

@@ -146,7 +146,7 @@ def test_text_pairs_show_their_first_prompt(tiny):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"level": "edge"}, OptionError, "'edge' is not a level"),
+        ({"level": "channel"}, OptionError, "'channel' is not a level"),
         ({"direction": "up"}, OptionError, "'up' is not a direction"),
         ({"ablation": "median"}, OptionError, "'median' is not a[n]? ablation"),
         ({"metric": "logits"}, MetricError, "'logits' is not a metric"),

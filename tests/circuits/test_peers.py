@@ -13,11 +13,16 @@ from interp.circuits.graph import Graph
 from tests.families import boot_family
 from tests.small_pairs import small_pairs
 
-peer = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
-if not hasattr(peer, "faithfulness"):
-    pytest.skip("edges came with TransformerLens 4", allow_module_level=True)
-
 LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """Imported late: it imports triton, which the kernels' tests must have set up before."""
+    module = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
+    if not hasattr(module, "faithfulness"):
+        pytest.skip("edges came with TransformerLens 4")
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def name_of(node) -> str:
     return f"m{node.layer}" if node.head is None else f"a{node.layer}.h{node.head}{reads.get(node.kind, '')}"
 
 
-def test_every_edge_at_every_position_scores_alike(setting):
+def test_every_edge_at_every_position_scores_alike(setting, peer):
     bridge, model, pairs, metric = setting
     config = peer.EdgeAttributionConfig(granularity="edge")
     theirs = peer.attribution_patch(bridge, pairs.clean, pairs.corrupt, metric, config=config).edge_scores
@@ -51,7 +56,7 @@ def test_every_edge_at_every_position_scores_alike(setting):
 
 
 @pytest.mark.parametrize("n", [5, 40, 150])
-def test_circuits_are_as_faithful(setting, n):
+def test_circuits_are_as_faithful(setting, peer, n):
     bridge, model, pairs, metric = setting
     circuit = Circuit.from_scores(edge_scores(model, pairs), n_edges=n, prune=False)
     config = peer.EdgeAttributionConfig(granularity="edge")
@@ -63,7 +68,7 @@ def test_circuits_are_as_faithful(setting, n):
     assert circuit.graph == Graph.of(model.cfg)
 
 
-def test_the_peer_and_we_count_the_same_edges(setting):
+def test_the_peer_and_we_count_the_same_edges(setting, peer):
     bridge, model, pairs, metric = setting
     config = peer.EdgeAttributionConfig(granularity="edge")
     edges = peer.attribution_patch(bridge, pairs.clean, pairs.corrupt, metric, config=config).edge_scores

@@ -115,8 +115,9 @@ def away_from(values, share: float) -> float:
 # -------------------------------------------------------------------------------------------------------------- ACDC
 
 
-@pytest.mark.parametrize("metric", ["kl_divergence", "logit_diff"])
-@pytest.mark.parametrize(("family", "ablation"), [("gpt2", "corrupt"), ("pythia", "mean")])
+@pytest.mark.parametrize(
+    ("family", "ablation", "metric"), [("gpt2", "corrupt", "kl_divergence"), ("pythia", "mean", "logit_diff")]
+)
 def test_acdc_decides_what_the_plain_algorithm_decides(tiny, family, metric, ablation):
     model, pairs = tiny(family, DOUBLE), prompts(2)
     graph, loss = Graph.of(model.cfg), measured_loss(model, pairs, metric, ablation)

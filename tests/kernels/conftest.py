@@ -1,13 +1,7 @@
 """Where the kernels are tested: on a CUDA device where there is one, else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
-
-# Read when a kernel's module is first imported, so this stands before any test is.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
