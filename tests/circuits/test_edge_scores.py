@@ -379,7 +379,7 @@ def square_of_the_first(logits: torch.Tensor) -> torch.Tensor:
         ({"method": "exact", "level": "node"}, OptionError, "exact scores are of edges"),
         ({"method": "exact", "level": "channel"}, OptionError, "exact scores are of edges"),
         ({"method": "exact", "positions": "each"}, OptionError, "exact scores are of edges, of all positions at once"),
-        ({"positions": "some"}, OptionError, "'some' is not a positions .choose from all, each"),
+        ({"positions": "some"}, OptionError, "'some' is not a choice of positions .choose from all, each"),
         ({"max_memory": 0}, OptionError, "max_memory is a number of bytes, at least 1, not 0"),
         ({"batch_size": 0}, OptionError, "a batch needs at least 1 prompt, not 0"),
     ],
