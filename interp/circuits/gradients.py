@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.split import attn_written, head_outputs, mlp_written
+from interp.circuits.split import attn_written, head_outputs, mlp_written, normed
 from interp.model.transformer import Block, Places, Transformer
 from interp.rules import GRADIENT, Rules
 
@@ -57,8 +57,7 @@ def trace(model: Transformer, resid: Resid, *, first: int = 0, middle: bool = Fa
             found.before.append(resid.new_zeros(0))  # nobody asks for it
         else:
             found.before.append(resid)
-            x = block.ln1.plain(resid) if model.cfg.pre_norm else resid
-            attn_out = block.attn(x, places, GRADIENT)
+            attn_out = block.attn(normed(block, "ln1", resid), places, GRADIENT)
             between = resid + (block.ln1_post.plain(attn_out) if model.cfg.post_norm else attn_out)
         read = resid if model.cfg.parallel else between
         found.middle.append(read)

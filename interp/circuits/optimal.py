@@ -55,7 +55,7 @@ def optimal_outputs(
     average: float | None = None
     for _ in tqdm(range(steps), desc="optimal ablation", unit="step", disable=not progress, leave=False):
         rows = np.sort(draw.permutation(len(pairs))[:n_prompts])
-        if rows.tobytes() not in runs:
+        if rows.tobytes() not in runs:  # where there are no more pairs than a step takes, every step has the same
             runs = {rows.tobytes(): MaskedRuns(model, pairs.take(torch.from_numpy(rows).to(device)), constants)}
         run = runs[rows.tobytes()]
         chosen = masks[draw.integers(len(masks), size=min(n_circuits, len(masks)))]

@@ -39,10 +39,10 @@ def head_outputs(
     read = {}
     for x, stream in streams.items():
         here = rotation and tuple(table[n_before:] for table in rotation)
-        read[x] = _read(attn, x, _normed(block, "ln1", stream, rules), heads, here, rules)
+        read[x] = _read(attn, x, normed(block, "ln1", stream, rules), heads, here, rules)
         if n_before and x != "q":
             there = rotation and tuple(table[:n_before] for table in rotation)
-            earlier = attn.project(x, _normed(block, "ln1", before, rules))
+            earlier = attn.project(x, normed(block, "ln1", before, rules))
             earlier = earlier if x == "v" else attn.place(x, earlier, there, rules)
             earlier = earlier[:, :, [h * earlier.shape[2] // block.cfg.n_heads for h in heads]]
             read[x] = torch.cat([earlier.repeat(n_circuits, 1, 1, 1), read[x]], 1)
@@ -60,8 +60,8 @@ def attn_written(block: Block, z: Float[Tensor, "*batch position head d_head"], 
 
 def mlp_written(block: Block, stream: Written, rules: Rules = GRADIENT) -> Written:
     """What the MLP adds to the residual stream when it reads this one."""
-    normed = _normed(block, "ln1" if block.cfg.shared_norm else "ln2", stream, rules)
-    written = block.mlp.output(block.mlp.neurons(normed, rules))
+    x = normed(block, "ln1" if block.cfg.shared_norm else "ln2", stream, rules)
+    written = block.mlp.output(block.mlp.neurons(x, rules))
     return _norm(block.ln2_post, written, rules) if block.cfg.post_norm else written
 
 
@@ -74,7 +74,8 @@ def heads_written(
     return rearrange(written, "c h (p t) d -> c h p t d", p=z.shape[1])
 
 
-def _normed(block: Block, name: str, stream: Tensor, rules: Rules) -> Tensor:
+def normed(block: Block, name: str, stream: Tensor, rules: Rules = GRADIENT) -> Tensor:
+    """The stream after the block's norm of that name, where the model norms what it reads."""
     return _norm(getattr(block, name), stream, rules) if block.cfg.pre_norm else stream
 
 
