@@ -17,7 +17,18 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from interp_kernels import Rows, _answer_logits_triton, _append_rows_triton, _suffix_attention_triton
+from interp_kernels import (
+    Rows,
+    _adam_rows_triton,
+    _afa_select_triton,
+    _answer_logits_triton,
+    _append_rows_triton,
+    _row_top_k_triton,
+    _sparse_decode_triton,
+    _suffix_attention_triton,
+    _weight_gradients_triton,
+    by_latent,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -86,6 +97,43 @@ def answer(dtype: torch.dtype, d_model: int, norm: str, whole: bool) -> None:
     _answer_logits_triton.launch(x, x, which, weight, weight, norm, 1e-5, None if weight is None else x[:, 0])
 
 
+def top_k(dtype: torch.dtype, n_columns: int) -> None:
+    _row_top_k_triton._row_top_k.run = compiling(_row_top_k_triton._row_top_k, f"{dtype} columns {n_columns}")
+    _row_top_k_triton.launch(torch.zeros(3, n_columns, dtype=dtype), 7)
+
+
+def afa(dtype: torch.dtype, n_columns: int) -> None:
+    for kernel in (_afa_select_triton._afa_cut, _afa_select_triton._afa_compact):
+        kernel.run = compiling(kernel, f"{dtype} columns {n_columns}")
+    _afa_select_triton.launch(torch.zeros(3, n_columns, dtype=dtype), torch.zeros(3), None)
+
+
+def decode(dtype: torch.dtype, d: int, whole: bool) -> None:
+    for kernel in (_sparse_decode_triton._sparse_decode, _sparse_decode_triton._sparse_dots):
+        kernel.run = compiling(kernel, f"{dtype} {d} {whole}")
+    weight = torch.zeros(4, d, dtype=dtype)
+    latents, offsets = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4])
+    bias, target = (weight[0], weight[:2]) if whole else (None, None)
+    _sparse_decode_triton.launch_decode(weight[:, 0], latents, offsets, weight, bias, target)
+    _sparse_decode_triton.launch_dots(latents, offsets, weight, weight[:2])
+
+
+def gradients(dtype: torch.dtype, *widths: int) -> None:
+    for kernel in (_weight_gradients_triton._sum_chunks, _weight_gradients_triton._weight_gradients):
+        kernel.run = compiling(kernel, f"{dtype} {widths}")
+    latents = torch.zeros(200, dtype=torch.int64)
+    rows = [torch.zeros(3, d, dtype=dtype) for d in widths]
+    coefficients = [torch.zeros(200, dtype=dtype) for _ in widths]
+    _weight_gradients_triton.launch(*by_latent(latents, 2), latents, coefficients, rows)
+
+
+def adam(dtype: torch.dtype, d: int, unit_rows: bool) -> None:
+    _adam_rows_triton._adam_rows.run = compiling(_adam_rows_triton._adam_rows, f"{dtype} {d} {unit_rows}")
+    x = torch.zeros(3, d, dtype=dtype)
+    copy = x.bfloat16() if unit_rows else None
+    _adam_rows_triton.launch(x, x, x, x, 1, 1e-3, (0.9, 0.999), 1e-8, unit_rows, copy)
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Hopper())
     everything = "--all" in sys.argv
@@ -97,6 +145,16 @@ def main() -> None:
     append(torch.float32, (12, 64), torch.zeros(3, 12, dtype=torch.bool))
     answer(torch.float32, 768, "layer", whole=True)
     answer(torch.bfloat16, 4096, "rms", whole=False)
+    top_k(torch.float32, 12288)
+    top_k(torch.bfloat16, 65536)
+    afa(torch.float32, 12288)
+    afa(torch.bfloat16, 65536)
+    decode(torch.float32, 768, whole=True)
+    decode(torch.bfloat16, 2304, whole=False)
+    gradients(torch.float32, 768, 768)
+    gradients(torch.bfloat16, 2304)
+    adam(torch.float32, 768, unit_rows=True)
+    adam(torch.float32, 4096, unit_rows=False)
     if everything:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             for d_head in (16, 64, 80, 96, 128, 256):
@@ -106,6 +164,14 @@ def main() -> None:
             append(dtype, (768,), torch.zeros(3, dtype=torch.bool))
             append(dtype, (3072,), torch.zeros(3, 3072, dtype=torch.bool))
             answer(dtype, 768, "layer", whole=True)
+            decode(dtype, 768, whole=True)
+            gradients(dtype, 768, 2304)
+            for n_columns in (1000, 3072, 24576):
+                top_k(dtype, n_columns)
+                afa(dtype, n_columns)
+        for dtype in (torch.float32, torch.float64):
+            for d in (768, 2304, 8192):
+                adam(dtype, d, unit_rows=True)
 
 
 if __name__ == "__main__":
