@@ -11,7 +11,6 @@ then all jobs take turns, and the ratio of medians is printed.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import describe_machine
 from benchmarks.patching import make_pairs, model_folder
 from interp import PromptPairs, Transformer, attribution, load_model
 from interp.files import write_atomically
@@ -111,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [row for name in options.model for row in measure(name, options)]
     if options.out is not None:
-        about = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+        about = {"machine": describe_machine(), "torch": torch.__version__}
         write_atomically(options.out, json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 

@@ -31,6 +31,7 @@ import pandas as pd
 import psutil
 import torch
 
+from benchmarks.machine import describe_machine
 from interp import PromptPairs, activation_patching, bundled_models, edge_patching, load_model
 from interp.circuits.exact import plan_edges
 from interp.circuits.graph import edge_mask
@@ -251,18 +252,7 @@ def edges(options) -> list[dict]:
 
 
 def about(options) -> dict:
-    if options.device == "cpu":
-        machine = f"{_processor()}, {torch.get_num_threads()} threads"
-    else:
-        machine = torch.cuda.get_device_name()
-    return {"machine": machine, "torch": torch.__version__}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return (names or [platform.processor() or platform.machine()])[0]
+    return {"machine": describe_machine(options.device), "torch": torch.__version__}
 
 
 def main() -> None:

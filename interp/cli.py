@@ -6,13 +6,13 @@
     interp patch --sites head --positions all --out heads.csv
     interp attribute --rules relp --task capitals     one backward pass, checked against exact patching
     interp edges --task capitals --n 8                every edge of the model's graph
+    interp sae train / eval / show                    sparse autoencoders (interp.sae_cli)
     interp models / interp tasks / interp rules       what there is
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 import os
-import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from interp.sae_cli import SAECommands
 
 if TYPE_CHECKING:
     from interp.tasks.pairs import PromptPairs
@@ -69,7 +71,9 @@ class Behaviour:
             if not self.quiet:
                 print(f"interp: {plan}", file=sys.stderr)
 
-        memory = None if self.max_memory is None else _n_bytes(self.max_memory)
+        from interp.files import n_bytes
+
+        memory = None if self.max_memory is None else n_bytes(self.max_memory)
         return {"engine": self.engine, "max_memory": memory, "batch_size": self.batch_size,
                 "announce": announce, "progress": not self.quiet}  # fmt: skip
 
@@ -292,7 +296,7 @@ class Models:
     """List the bundled models."""
 
     def run(self) -> None:
-        from interp.model.load import bundled_models
+        from interp.bundled import bundled_models
 
         for name, path in bundled_models().items():
             print(f"{name:12} {path}")
@@ -349,16 +353,6 @@ def _check_out(path: Path | None, *, one_site: bool) -> None:
         raise OptionError("an .html heatmap shows one site and no windows; use .csv or .parquet")
 
 
-def _n_bytes(text: str) -> int:
-    """800M, 4G or plain bytes as a number of bytes."""
-    from interp.errors import OptionError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise OptionError(f"{text!r} is not an amount of memory: write 800M or 4G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
-
-
 Command = (
     Annotated[Discover, tyro.conf.subcommand("discover")]
     | Annotated[Patch, tyro.conf.subcommand("patch")]
@@ -367,6 +361,7 @@ Command = (
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[RuleSets, tyro.conf.subcommand("rules")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
+    | Annotated[SAECommands, tyro.conf.subcommand("sae")]
 )
 
 

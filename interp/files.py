@@ -1,6 +1,7 @@
-"""Writing results so that a file is either whole or not there."""
+"""Writing results so that a file is either whole or not there; and amounts of memory as people write them."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -35,3 +36,11 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def n_bytes(text: str) -> int:
+    """800M, 4G or plain bytes as a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise OptionError(f"{text!r} is not an amount of memory: write 800M or 4G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

@@ -12,7 +12,7 @@ forward passes and one backward pass serve all sites. Scores are laid out as `ac
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,18 +99,20 @@ def gradient_points(rules: Rules, direction: Direction, at: str) -> tuple[Side, 
 @dataclass(frozen=True)
 class Multipliers:
     """What one backward pass per metric found, on the CPU: for each hook name, m * (act_clean - act_corrupt) summed over
-    the site's channels; and the metrics of both runs."""
+    the site's channels (or what else was asked for, times that sign); and the metrics of both runs."""
 
     scores: dict[str, Float[Tensor, "metric prompt ..."]]
     unpatched: dict[Side, Float[Tensor, "metric prompt"]]
 
 
 def backward_scores(
-    model, pairs: PromptPairs, sites: Mapping[str, Site], metrics: Sequence[Metric], *, rules: Rules, side: Side
-) -> Multipliers:
+    model, pairs: PromptPairs, sites: Mapping[str, Site], metrics: Sequence[Metric], *, rules: Rules, side: Side,
+    reduce: Callable[[Site, Tensor, Tensor], Tensor] = contract,
+) -> Multipliers:  # fmt: skip
     """One forward pass of each run and, through the run `side`, one backward pass per metric.
 
     sites: by hook name. A site that the rules cut off has score 0; one that is not reached otherwise is a `PatchError`.
+    reduce: what is kept of a site's multipliers and its change; the default is their product, summed over channels.
     """
     other, sign = other_side(side), 1 if side == "corrupt" else -1
     recording = rules.recording() if rules.needs_source else None
@@ -128,9 +130,9 @@ def backward_scores(
         def hook_function(value: Tensor, hook) -> Tensor:
             change = there.pop(name) - value.detach()
             if rules.reaches(site.name):
-                value.register_hook(lambda g: found[name].append(contract(site, g, change)))
+                value.register_hook(lambda g: found[name].append(reduce(site, g, change)))
             else:
-                found[name] = [contract(site, change, torch.zeros_like(change))] * len(metrics)
+                found[name] = [reduce(site, torch.zeros_like(change), change)] * len(metrics)
             return value  # a TransformerBridge's hooks may see a copy, which is in the graph only if handed back
 
         return name, hook_function

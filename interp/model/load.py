@@ -7,7 +7,6 @@ differs. The bridge is then let go: the weights stay where they were loaded.
 """
 
 import contextlib
-import importlib.resources
 import json
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from interp.bundled import bundled_models
 from interp.errors import LoadError
 from interp.model.read import check_supported, read_config, read_weights
 from interp.model.transformer import Transformer
@@ -22,15 +22,6 @@ from interp.model.transformer import Transformer
 # How far a canonical value may be from the original's: |ours - theirs| / |theirs|, both as vectors. Float64 is not tighter
 # than float32, since the originals compute norms, softmax and rotary angles in float32 whatever the model's dtype.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
-
-
-def bundled_models() -> dict[str, Path]:
-    """Names and folders of the models that come with interp, in a clone and in an installed wheel alike."""
-    package = Path(str(importlib.resources.files("interp")))
-    for root in (package / "bundled" / "models", package.parent / "data" / "models"):
-        if root.is_dir():
-            return {p.name: p for p in sorted(root.iterdir()) if (p / "config.json").is_file()}
-    return {}
 
 
 def load_model(
