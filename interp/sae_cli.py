@@ -133,14 +133,15 @@ class TrainSAE(Text):
         from interp.features.config import WITH_K, SAEConfig
 
         d_in, transcoder = widths[self.hook], self.target_hook is not None
-        return SAEConfig(
-            architecture=self.architecture, d_in=d_in, d_sae=self.d_sae or 8 * d_in,
-            d_out=widths[self.target_hook] if transcoder else None, hook=self.hook, target_hook=self.target_hook,
-            k=(self.k or max(1, d_in // 8)) if self.architecture in WITH_K else None, skip=self.skip, sparsity=self.sparsity,
-            k_max=self.k if self.architecture == "top-afa" else None, afa=self.afa, dead_after=self.dead_after,
-            normalize="layer_norm" if self.architecture == "top-afa" and self.afa == "faithful" else "expected_average_only_in",
-            apply_b_dec_to_input=not transcoder,
-        )  # fmt: skip
+        afa = {"corrected": {"k_max": self.k}, "faithful": {"normalize": "layer_norm"}}[self.afa]
+        return SAEConfig(**{
+            "architecture": self.architecture, "d_in": d_in, "d_sae": self.d_sae or 8 * d_in,
+            "d_out": widths[self.target_hook] if transcoder else None, "hook": self.hook, "target_hook": self.target_hook,
+            "k": (self.k or max(1, d_in // 8)) if self.architecture in WITH_K else None, "skip": self.skip,
+            "sparsity": self.sparsity, "afa": self.afa, "dead_after": self.dead_after,
+            "normalize": "expected_average_only_in", "apply_b_dec_to_input": not transcoder,
+            **(afa if self.architecture == "top-afa" else {}),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +194,20 @@ class EvalSAE(OfSAE):
         if self.out is not None:
             write_atomically(self.out, json.dumps(found.to_dict(), indent=2) + "\n")
         if self.zf is not None:
+            import torch
+
             from interp.features.sources import ModelSource
             from interp.features.zf import zf_plot, zf_points
 
-            rows = ModelSource(model, corpus.take(slice(0, 64)), [sae.config.hook]).read(
-                range(min(64, len(corpus.tokens)))
+            some = corpus.take(torch.arange(min(64, len(corpus.tokens))))
+            target = sae.config.target_hook or sae.config.hook
+            rows = (
+                ModelSource(model, some, [*dict.fromkeys((sae.config.hook, target))])
+                .read(range(len(some.tokens)))
+                .values
             )
-            points = zf_points(sae, rows.values[sae.config.hook])
+            y = rows[target] if sae.config.transcoder else None
+            points = zf_points(sae, rows[sae.config.hook], y, select=self.select)
             figure = zf_plot(points, d=sae.config.d_in, title=f"{sae!r}")
             write_atomically(self.zf, figure.to_html(include_plotlyjs=True))
         print(found)

@@ -81,13 +81,17 @@ def test_showing(trained, tmp_path, capsys):
 
 
 def test_a_transcoder(tmp_path, capsys):
-    assert run("train", "--hook", "blocks.1.ln2.hook_normalized", "--target-hook", "blocks.1.hook_mlp_out", "--skip",
-               "--out", tmp_path / "t", "--d-sae", 128, "--steps", 20, "--n-texts", 60, "--batch-size", 128, "--quiet") == 0  # fmt: skip
+    hooks = ("--hook", "blocks.1.ln2.hook_normalized", "--target-hook", "blocks.1.hook_mlp_out")
+    assert run("train", *hooks, "--skip", "--out", tmp_path / "t", "--d-sae", 128, "--steps", 20, "--n-texts", 60,
+               "--batch-size", 128, "--quiet") == 0  # fmt: skip
     sae = SAE.load(tmp_path / "t" / "sae")
     assert sae.config.transcoder
     assert sae.W_skip.shape == (128, 128)
     assert run("show", tmp_path / "t" / "sae", "--n-texts", 10, "--n", 1, "--quiet") == 0
     assert "top tokens" in capsys.readouterr().out
+    zf = tmp_path / "zf.html"
+    assert run("eval", tmp_path / "t" / "sae", "--n-texts", 10, "--zf", zf, "--quiet") == 0
+    assert zf.stat().st_size > 100_000
 
 
 def test_bundled_autoencoders_are_listed(capsys):
@@ -151,9 +155,10 @@ def test_bad_options_of_showing(trained, tmp_path, capsys):
         assert says in error(capsys)
 
 
+@pytest.mark.filterwarnings("always")
 def test_another_model_is_warned_about(trained, capsys):
     assert run("eval", trained / "sae", "--model", "mini-llama", "--n-texts", 10, "--quiet") == 0
-    assert "mini-gpt2" in capsys.readouterr().err
+    assert "was trained on mini-gpt2" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):

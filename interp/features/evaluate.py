@@ -125,7 +125,7 @@ class SAEEvaluation(Reconstruction):
 
     def __str__(self) -> str:
         lines = [
-            f"{self.model} {self.hook}: {self.n_tokens} tokens of {self.corpus} (normalize={self.normalize!r}, {self.select})",
+            f"{self.model} {self.hook}: {self.n_tokens} tokens, {self.corpus}; normalize {self.normalize}, select {self.select}",
             f"CE {self.ce:.4f} nats, with the SAE {self.ce_sae:.4f}, KL {self.kl:.4f} ({self.n_predictions} predictions)",
         ]
         lines += [

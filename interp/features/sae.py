@@ -240,9 +240,8 @@ class SAE(nn.Module):
             config = replace(config, unit_decoder=False)
         if not config.unit_decoder and config.kron is None:
             n = weights["W_dec"].norm(dim=1)
-            weights["W_dec"] /= torch.where(n > 0, n, 1.0)[
-                :, None
-            ]  # a latent of norm 0 ranks last, and goes on doing so
+            # a latent of norm 0 ranks last and keeps doing so: its encoder becomes 0, its decoder stays
+            weights["W_dec"] /= torch.where(n > 0, n, 1.0)[:, None]
             weights["encoder"] *= n[:, None]
             for name in ("b_enc", "b_gate", "b_mag", "threshold"):
                 if name in weights:

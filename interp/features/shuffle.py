@@ -30,7 +30,8 @@ class Position:
 class Shuffled:
     """An endless stream of batches {hook: [batch_size, d]}. Of each chunk, rows that fill no batch are left out.
 
-    capacity: rows of the buffer, at most all there are; they are float32.
+    capacity: rows of the buffer, at most all there are; they are float32. A chunk of so short sequences that it fills no batch
+    is passed over; `OptionError` where a whole epoch of them is.
     """
 
     def __init__(self, source: Source, batch_size: int, *, capacity: int, seed: int = 0):
@@ -63,8 +64,28 @@ class Shuffled:
         return order[chunk * self.per_chunk : (chunk + 1) * self.per_chunk].tolist()
 
     def _fill(self) -> None:
+        for _ in range(self.n_chunks):
+            n = self._read()
+            if n >= self.batch_size:
+                at = self.position
+                self._order = self._draw(n, 1, at.epoch, at.chunk)
+                self._ordered_for = (at.epoch, at.chunk)
+                return
+            self._next_chunk()
+        raise OptionError(
+            f"a batch of {self.batch_size} tokens is more than the {n} rows of {self.per_chunk} sequences: "
+            "take a smaller batch_size, a larger buffer, or more data"
+        )
+
+    def _next_chunk(self) -> None:
         at = self.position
-        content = (0, 0) if self._whole else (at.epoch, at.chunk)
+        at.row, at.chunk = 0, at.chunk + 1
+        if at.chunk == self.n_chunks:
+            at.chunk, at.epoch = 0, at.epoch + 1
+
+    def _read(self) -> int:
+        """Fill the buffer with the position's chunk, unless it is there; the number of its rows."""
+        content = (0, 0) if self._whole else (self.position.epoch, self.position.chunk)
         if self._filled != content:
             sequences, n = self._sequences(*content), 0
             step = max(1, self.batch_size // self.source.rows_per_sequence)
@@ -75,14 +96,8 @@ class Shuffled:
                         self._buffers[hook] = values.new_empty(self.capacity, values.shape[1], dtype=torch.float32)
                     self._buffers[hook][n : n + len(values)] = values
                 n += len(rows.ids)
-            if n < self.batch_size:
-                raise OptionError(
-                    f"a batch of {self.batch_size} tokens is more than the {n} rows of {len(sequences)} sequences: "
-                    "take a smaller batch_size, a larger buffer, or more data"
-                )
             self._n_rows, self._filled = n, content
-        self._order = self._draw(self._n_rows, 1, at.epoch, at.chunk)
-        self._ordered_for = (at.epoch, at.chunk)
+        return self._n_rows
 
     _ordered_for: tuple[int, int] | None = None
 
@@ -95,9 +110,7 @@ class Shuffled:
         batch = {hook: values[rows.to(values.device)] for hook, values in self._buffers.items()}
         at.row += self.batch_size
         if at.row + self.batch_size > self._n_rows:
-            at.row, at.chunk = 0, at.chunk + 1
-            if at.chunk == self.n_chunks:
-                at.chunk, at.epoch = 0, at.epoch + 1
+            self._next_chunk()
         return batch
 
     def first_rows(self, hook: str) -> Float[Tensor, "row _"]:

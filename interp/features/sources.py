@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.errors import OptionError, SiteError, TaskError
-from interp.model.run import record
+from interp.model.run import config_of, record
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class ModelSource:
         self.model, self.corpus, self.batch_size = model, corpus, batch_size
         for hook in hooks:
             if hook not in model.hook_dict:
-                raise SiteError(f"{model.cfg.name} has no hook point {hook!r}")
+                raise SiteError(f"{config_of(model).name} has no hook point {hook!r}")
         self.mask = corpus.mask(skip_first=skip_first, exclude=exclude)
         if not self.mask.any():
             raise TaskError(f"no token of {corpus.name} is left to train on")
@@ -167,8 +167,9 @@ class ModelSource:
             if value.shape[:2] != (1, 1):
                 raise SiteError(f"{hook} has no activation per token: its shape for one token is {list(value.shape)}")
         self.widths = {hook: probe[hook][0, 0].numel() for hook in hooks}
-        self.about = {"model_name": model.cfg.name, "dataset_path": corpus.name, "context_size": corpus.tokens.shape[1],
-                      "prepend_bos": bool(model.cfg.prepend_bos), "skip_first": skip_first}  # fmt: skip
+        self.about = {"model_name": config_of(model).name, "dataset_path": corpus.name, "context_size": corpus.tokens.shape[1],
+                      "prepend_bos": bool(model.cfg.prepend_bos), "skip_first": skip_first,
+                      "exclude_special_tokens": list(exclude) or False}  # fmt: skip
 
     def read(self, sequences: Sequence[int]) -> Rows:
         """One forward pass per `batch_size` sequences."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from interp.errors import OptionError, SiteError, one_of
 from interp.features.sae import SAE
-from interp.model.run import Hooks
+from interp.model.run import Hooks, config_of
 
 MODES = ("set", "add", "scale")
 
@@ -98,7 +98,7 @@ def place_saes(model, saes: Mapping[str, SAE] | SAE) -> dict[str, SAE]:
     for hook, sae in saes.items():
         for place in (hook, sae.config.target_hook):
             if place is not None and place not in model.hook_dict:
-                raise SiteError(f"{model.cfg.name} has no hook point {place!r}")
+                raise SiteError(f"{config_of(model).name} has no hook point {place!r}")
     return dict(saes)
 
 

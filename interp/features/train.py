@@ -100,7 +100,8 @@ class Learner:
             late=frozenset({"W_dec"} if faithful else ()),
         )  # fmt: skip
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=sae.device)
-        self.dead: Tensor | None = None
+        self.dead = torch.zeros(0, dtype=torch.int64, device=sae.device)  # as it was when last looked at
+        self.input_norm = torch.zeros((), dtype=torch.float64, device=sae.device)  # mean norm of the first inputs
         # latents are chosen in a narrower dtype only where something is chosen
         narrow = training.encoder_dtype == "bfloat16" and config.architecture in SPARSE and config.kron is None
         self.narrow = sae.encoder.detach().to(torch.bfloat16) if narrow else None
@@ -151,8 +152,8 @@ class Learner:
         return {
             **{f"sae.{n}": t for n, t in self.sae.state_dict().items()},
             **self.adam.state(),
-            "since_fired": self.since_fired,
-        }
+            "since_fired": self.since_fired, "dead": self.dead, "input_norm": self.input_norm,
+        }  # fmt: skip
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], n_steps: int) -> None:
@@ -161,11 +162,11 @@ class Learner:
             tensor.copy_(state[f"sae.{name}"])
         self.adam.load(state, n_steps)
         self.since_fired.copy_(state["since_fired"])
+        self.input_norm.copy_(state["input_norm"])
+        self.dead = state["dead"].to(self.sae.device)
         self.n_steps = n_steps
         if self.narrow is not None:
             self.narrow.copy_(self.sae.encoder)
-        # which latents counted as dead when they were last looked at, so that steps until the next look are the same
-        self.dead = state["dead"].to(self.sae.device)
 
 
 def train_saes(
@@ -176,10 +177,10 @@ def train_saes(
     """Train SAEs on one stream of activations; the trained ones by name, with scale and norms folded in.
 
     configs: by name; each reads `config.hook` of the source (a transcoder also `config.target_hook`); with one hook in the
-        source it may be left out. training: or its fields as options (`steps=2000, lr=3e-4`),
-        which go before its own.
+        source it may be left out. training: or its fields as options (`steps=2000, lr=3e-4`), which come
+        before its own.
     folder: where log (`log.jsonl`) and checkpoints go, and from where an interrupted run of the same options goes on. The
-        trained SAEs are saved in it, in a folder each. loggers: called with each record as well (`interp.features.logging`).
+        trained SAEs are saved in it, in a folder each. loggers: called with each record as well (`checkpoints.wandb`).
     device: where SAEs live (default: where activations are). announce: told the planned memory before the first step.
     Raises `OptionError` where the plan exceeds the memory there is, or the folder holds another run.
     """
@@ -221,11 +222,16 @@ def train_saes(
                 config = learner.sae.config
                 said[name] = learner.step(batch[config.hook], batch[config.target_hook or config.hook])
             bar.update()
-            if (step + 1) % log_every == 0 or step + 1 == training.steps:
-                _report(step + 1, said, learners, training, loggers, bar)
-            if store is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == training.steps):
-                store.save(step + 1, stream.position, {name: _tensors(learner) for name, learner in learners.items()})
-    trained = {name: _finished(learner, source, stream) for name, learner in learners.items()}
+            last = step + 1 == training.steps
+            logs = last or (step + 1) % log_every == 0
+            saves = store is not None and (last or (step + 1) % checkpoint_every == 0)
+            if logs or saves:
+                records = _records(step + 1, said, learners, training)
+            if logs:
+                _report(step + 1, records, learners, training, loggers, bar)
+            if saves:
+                store.save(step + 1, stream.position, {name: learner.state() for name, learner in learners.items()})
+    trained = {name: _finished(learner, source) for name, learner in learners.items()}
     if store is not None:
         for name, sae in trained.items():
             sae.save(store.folder / name)
@@ -247,6 +253,8 @@ def train_sae(model, corpus, hook: str, *, config: SAEConfig | None = None, d_sa
     hooks = [hook] if config is None or config.target_hook is None else [hook, config.target_hook]
     source = ModelSource(model, corpus, hooks)
     d_in = source.widths[hook]
+    if config is not None and d_sae is not None:
+        raise OptionError("config says how many latents there are: leave d_sae out")
     if config is None:
         config = SAEConfig(d_in=d_in, d_sae=d_sae or 8 * d_in, k=min(32, d_in // 4))
     return train_saes(source, {"sae": replace(config, hook=hook)}, **options)["sae"]
@@ -280,20 +288,24 @@ def _learner(config: SAEConfig, training: Training, source: Source, stream: Shuf
                 total += ((y.to(sae.device) - shift) / factor).sum(0, dtype=torch.float64)
                 n += len(y)
             sae.b_dec.copy_(total / n)
-    return Learner(sae, training)
+    learner = Learner(sae, training)
+    if fresh:
+        learner.input_norm.fill_(rows.norm(dim=1).mean(dtype=torch.float64))
+    return learner
 
 
-def _tensors(learner: Learner) -> dict[str, Tensor]:
-    dead = learner.dead if learner.dead is not None else torch.zeros(0, dtype=torch.int64)
-    return {**learner.state(), "dead": dead}
-
-
-def _report(step: int, said: dict, learners: dict, training: Training, loggers: Sequence[Logger], bar) -> None:
+def _records(step: int, said: dict, learners: dict, training: Training) -> dict[str, dict[str, float]]:
+    """What the SAEs were like in a step, as plain numbers. Raises `OptionError` naming one whose loss is not finite."""
     records = {name: {key: float(value) for key, value in values.items()} for name, values in said.items()}
     for name, record in records.items():
         if not math.isfinite(record["loss"]):
             raise OptionError(f"the loss of {name} is {record['loss']} after step {step}: try a smaller lr than "
                               f"{training.rate(0, learners[name].sae.config.d_sae):.1e}")  # fmt: skip
+    return records
+
+
+def _report(step: int, records: dict, learners: dict, training: Training, loggers: Sequence[Logger], bar) -> None:
+    for name, record in records.items():
         rate = training.rate(step - 1, learners[name].sae.config.d_sae)
         for log in loggers:
             log({"step": step, "tokens": step * training.batch_size, "sae": name, "lr": rate, **record})
@@ -303,14 +315,12 @@ def _report(step: int, said: dict, learners: dict, training: Training, loggers: 
 
 
 @torch.no_grad()
-def _finished(learner: Learner, source: Source, stream: Shuffled) -> SAE:
+def _finished(learner: Learner, source: Source) -> SAE:
     sae = learner.sae.requires_grad_(False)
     if learner.sae.config.architecture == "top-afa" and sae.config.afa == "faithful":
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     for p in sae.parameters():
         p.grad = None
-    norm = float(stream.first_rows(sae.config.hook).norm(dim=1).mean(dtype=torch.float64))
-    sae.metadata.update(
-        source.about, hook_name=sae.config.hook, training_architecture=sae.config.architecture, activation_mean_norm=norm
-    )
+    sae.metadata.update(source.about, hook_name=sae.config.hook, training_architecture=sae.config.architecture,
+                        activation_mean_norm=float(learner.input_norm))  # fmt: skip
     return sae.folded()

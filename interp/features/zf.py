@@ -8,10 +8,10 @@ Write x = sum_i f_i u_i with unit rows u_i and let eps = max |<u_i, u_j>| over p
     | |x|^2 - |f|^2 | <= eps (|f|_1^2 - |f|_2^2) <= eps (h - 1) |f|^2
     |x| / sqrt(1 + eps (h - 1)) <= |f| <= |x| / sqrt(1 - eps (h - 1))           the right side only where eps (h - 1) < 1
 
-This worst case, from which |f| ~ |x| has been argued (top-AFA, 2503.24277), holds and says nothing. More unit rows than dimensions
-cannot all be nearly orthogonal: by Welch (1974) eps >= sqrt((h - d) / (d (h - 1))), so eps (h - 1) grows like h / sqrt(d) and is at
-least 873 for d = 768, h = 24,576. No upper side is left then, and the lower one is at |x| / 30. Even with L0 in the place of h (only
-latents that fire make pairs) there are both sides only for L0 < 29 in that example.
+This worst case, from which |f| ~ |x| has been argued (top-AFA, 2503.24277), holds and says nothing. More unit rows than
+dimensions cannot all be nearly orthogonal: by Welch (1974) eps >= sqrt((h - d) / (d (h - 1))), so eps (h - 1), about h / sqrt(d),
+is at least 873 for d = 768, h = 24,576. No upper side is left then, and the lower one is at |x| / 30. Even with L0 in the
+place of h (only latents that fire make pairs) there are both sides only for L0 < 29 in that example.
 
 What makes |f| ~ |x| true all the same is that pairs do not conspire. If <u_i, u_j> have random signs and a size of 1 / sqrt(d),
 their sum is a random walk:

@@ -232,6 +232,8 @@ def test_the_sentinel_forbids_a_whole_row_until_targets_are_beyond_it():
     z = torch.tensor([[3.0, 4.0], [3.0, 4.0], [3e4, 2.0]], dtype=torch.float64)
     target = torch.tensor([5.0, 9999.0, 1.2e4], dtype=torch.float64)
     assert activations.afa(z, target).dense().tolist() == [[3, 4], [3, 4], [3e4, 0]]
+    as_near = activations.afa(z[:1], torch.tensor([5002.0], dtype=torch.float64), sentinel=SENTINEL)
+    assert as_near.dense().tolist() == [[0, 4]], "of two as near, the smaller number"
     with_it = activations.afa(z, target, sentinel=SENTINEL)
     assert with_it.dense().tolist() == [[0, 4], [3, 4], [3e4, 2]], (
         "1e4 is nearer to 9999 than 4 is, and to 1.2e4 than 3e4"

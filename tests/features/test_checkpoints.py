@@ -70,7 +70,6 @@ def check_resume(tmp_path: Path, configs: dict[str, SAEConfig], stops: list[int]
             train_saes(SOURCE, configs, folder=tmp_path / "parts", loggers=[interrupt(stop)], **RUN, **options)
     parts = train_saes(SOURCE, configs, folder=tmp_path / "parts", **RUN, **options)
     assert same(whole, parts)
-    assert same(whole, train_saes(SOURCE, configs, **RUN, **options))
     expected, found = files(tmp_path / "whole"), files(tmp_path / "parts")
     assert expected.keys() == found.keys()
     assert [name for name in expected if expected[name] != found[name]] == []
@@ -90,8 +89,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "stops",
-    [[3], [3, 6], [9], [21], [36], [40], [3, 9, 21, 21, 36, 40]],
-    ids=lambda stops: "-".join(map(str, stops)),
+    [[3], [21], [40], [3, 9, 21, 21, 36]],
+    ids=["before the first checkpoint", "where one is due", "at the last step", "five times"],
 )
 def test_a_run_may_be_interrupted_anywhere_and_often(tmp_path, stops):
     """Before the first checkpoint (7), between two, where one is due (21), and at the last step."""
@@ -204,14 +203,15 @@ def test_a_crash_while_saving_costs_only_that_checkpoint(tmp_path, monkeypatch, 
         return rename(path, target)
 
     for step in (2, 3):  # the second time on what the first has left
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             if where == "tensors":
                 patch.setattr(checkpoints, "save_file", crash)
             elif where == "state":
                 patch.setattr(checkpoints, "write_atomically", crash)
             else:
                 patch.setattr(Path, "rename", crash_at)
-            store.save(step, Position(1, step, 5), tensors(step))
+            with pytest.raises(KeyboardInterrupt):
+                store.save(step, Position(1, step, 5), tensors(step))
         check_latest(store, 1)
     store.save(4, Position(1, 4, 5), tensors(4))
     check_latest(store, 4)

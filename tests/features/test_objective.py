@@ -105,7 +105,7 @@ def dense_loss(sae: SAE, x: Tensor, y: Tensor, dead: Tensor | None, encoder: Ten
 def test_sparse_passes_equal_autograd_through_the_dense_code(architecture, unit, transcoder, kron, below, monkeypatch):
     monkeypatch.setattr(codes_module, "SPARSE_BELOW", below)
     for dtype, tolerance in ((torch.float64, (1e-12, 1e-10)), (torch.float32, (1e-5, 1e-5))):
-        sae = make(architecture, dtype, transcoder=transcoder, unit_decoder=unit, kron=kron, sparsity=0.1)
+        sae = make(architecture, dtype, transcoder=transcoder, unit_decoder=unit, kron=kron, sparsity=0.1, k_aux=3)
         x = inputs(dtype)
         y = normal(N, D_OUT, seed=2, dtype=dtype) if transcoder else x
         for dead in (None, torch.tensor(DEAD)):

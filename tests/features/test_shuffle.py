@@ -27,7 +27,7 @@ class Numbered:
 
     def read(self, sequences) -> Rows:
         self.reads += list(sequences)
-        ids = torch.tensor([[s, t] for s in sequences for t in range(self.lengths[s])])
+        ids = torch.tensor([[s, t] for s in sequences for t in range(self.lengths[s])]).reshape(-1, 2)
         return Rows({"id": ids.float(), "code": (ids[:, :1] * 100 + ids[:, 1:]).float()}, ids)
 
 
@@ -35,6 +35,7 @@ def draw(stream: Shuffled, n: int) -> list[tuple[Position, list[tuple[int, int]]
     """n batches: from where in the stream each came, and its rows."""
     batches = []
     for _ in range(n):
+        stream.first_rows("id")  # chunks that fill no batch are passed over here
         at = replace(stream.position)
         batch = stream.next()
         assert torch.equal(batch["code"][:, 0], batch["id"] @ torch.tensor([100.0, 1.0])), (
@@ -68,7 +69,7 @@ def test_an_epoch_has_each_row_at_most_once(lengths, batch_size, capacity, seed)
             rows = [row for at, batch in batches if (at.epoch, at.chunk) == (epoch, chunk) for row in batch]
             assert len({s for s, _ in rows}) <= stream.per_chunk
             assert len(rows) % batch_size == 0
-            assert 0 < len(rows) <= stream.capacity
+            assert len(rows) <= stream.capacity  # none, where short sequences fill no batch
             seen += rows
         assert len(seen) == len(set(seen))
     assert all(len(batch) == batch_size for _, batch in batches)
@@ -116,10 +117,14 @@ def test_order_depends_on_seed_epoch_and_chunk():
         one, other = order(0, capacity), order(1, capacity)
         assert all(one[key] != other[key] for key in one)
         assert one[0, 0] != one[1, 0]
-    # what stands where in a chunk, apart from which rows the chunk has
-    stream = Shuffled(Numbered([1] * 24), 4, capacity=8)
-    permutations = {tuple(stream._draw(8, 1, epoch, chunk).tolist()) for epoch in range(20) for chunk in range(20)}
-    assert len(permutations) > 390
+    source = Numbered([1] * 24)
+    batches = epochs(Shuffled(source, 4, capacity=8), 10)
+    # where in the buffer each row of a chunk stood: another permutation for each chunk of each epoch
+    places = set()
+    for chunk, start in enumerate(range(0, len(source.reads), 8)):
+        drawn = [s for at, batch in batches if 3 * at.epoch + at.chunk == chunk for s, _ in batch]
+        places.add(tuple(source.reads[start : start + 8].index(s) for s in drawn))
+    assert len(places) == 30
 
 
 def test_no_global_random_numbers_are_used():
@@ -169,3 +174,11 @@ def test_too_large_a_batch_is_refused():
         Shuffled(Numbered([3, 4] * 3), 25, capacity=100)
     with refused(OptionError, "a batch of 22 tokens is more than the 21 rows of 6 sequences.*smaller batch_size"):
         Shuffled(Numbered([3, 4] * 3), 22, capacity=100).next()
+
+
+def test_a_chunk_that_fills_no_batch_is_passed_over():
+    source = Numbered([3, 1, 0, 4, 2, 0, 4])
+    stream = Shuffled(source, 3, capacity=8)
+    for _ in range(20):
+        assert len(stream.next()["id"]) == 3
+    assert stream.position.epoch > 1

@@ -243,7 +243,7 @@ def test_sequences_without_a_row_give_none(mini_gpt2):
 def test_a_model_source_says_where_it_is_from(mini_gpt2, corpus):
     about = ModelSource(mini_gpt2, corpus, [RESID]).about
     assert about == {"model_name": "mini-gpt2", "dataset_path": "texts", "context_size": 16, "prepend_bos": True,
-                     "skip_first": True}  # fmt: skip
+                     "skip_first": True, "exclude_special_tokens": False}  # fmt: skip
     assert json.loads(json.dumps(about)) == about
 
 
