@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from interp.features.evaluate import evaluate_sae
 
 from interp.bundled import bundled_text
 from interp.features.config import SAEConfig
+from interp.features.evaluate import evaluate_sae, random_baseline
 from interp.features.sources import Corpus, ModelSource
 from interp.features.train import train_saes
 from interp.model.load import load_model
@@ -36,7 +36,7 @@ class Options:
     """Latents for each channel."""
     k: int = 16
     """Latents per token, where one says so; JumpReLU's target."""
-    steps: int = 3000
+    steps: int = 2000
     """Steps of 1,024 tokens."""
     lr: float = 1e-3
     """Adam's."""
@@ -72,6 +72,8 @@ def main(o: Options) -> None:
     saes = train_saes(source, configs(d, o), steps=o.steps, lr=o.lr, seed=o.seed, progress=True)
     rows = {name: evaluate_sae(model, sae, held_out, ablation="both") for name, sae in saes.items()}
     rows["TopK, chosen by AFA"] = evaluate_sae(model, saes["TopK"], held_out, ablation="both", select="afa")
+    rows_held_out = ModelSource(model, held_out, [o.hook]).read(range(len(held_out.tokens))).values[o.hook]
+    baseline = random_baseline(saes["TopK"], rows_held_out, seed=o.seed)
     print(f"\n{model.cfg.name} {o.hook}, {d} -> {o.expansion * d}, {o.steps} steps, {path.name}")
     print(f"{'':28} {'L0':>8} {'FVU':>8} {'CE recovered':>13} {'KL':>8} {'dead':>7} {'|xhat|/|x|':>11}")
     table = {}
@@ -79,8 +81,16 @@ def main(o: Options) -> None:
         table[name] = found.to_dict()
         print(f"{name:28} {found.l0:8.1f} {found.fvu:8.4f} {found.ce_recovered['zero']:13.4f} {found.kl:8.4f} {found.dead:7.1%} "
               f"{found.norm_ratio:11.3f}")  # fmt: skip
+    print(f"{'random dictionary':28} {o.k:8.1f} {baseline:8.4f}")
     if o.out is not None:
-        about = {"model": model.cfg.name, "hook": o.hook, "steps": o.steps, "lr": o.lr, "text": path.name}
+        about = {
+            "model": model.cfg.name,
+            "hook": o.hook,
+            "steps": o.steps,
+            "lr": o.lr,
+            "text": path.name,
+            "random_fvu": baseline,
+        }
         o.out.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -286,9 +286,8 @@ class ListSAEs:
         for name, path in bundled_saes().items():
             config = json.loads((path / "cfg.json").read_text(encoding="utf-8"))
             facts = config["metadata"]
-            print(
-                f"{name:26} {config['architecture']:16} {config['d_in']} -> {config['d_sae']} at {facts.get('hook_name')}"
-            )
+            kind = facts.get("training_architecture", config["architecture"])
+            print(f"{name:26} {kind:12} {config['d_in']} -> {config['d_sae']} latents at {facts.get('hook_name')}")
 
 
 Command = (

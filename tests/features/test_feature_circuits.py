@@ -176,7 +176,8 @@ def test_a_circuit_can_be_read_and_walked(tiny):
     text, graph = str(circuit), circuit.to_networkx()
     first = circuit.nodes.iloc[0]
     assert f"40 of {4 * (LATENTS + 1)} nodes, faithfulness {circuit.faithfulness:.3f}" in text
-    assert f"5 nodes patched exactly, correlation with the estimates {circuit.agreement:.3f}" in text
+    assert f"5 nodes patched exactly: the estimates' relative error is {circuit.relative_error:.3f}" in text
+    assert f"their correlation {circuit.agreement:.3f}" in text
     assert first.node in text
     assert f"{first.estimate:+.4f}" in text
     assert max(len(line) for line in text.splitlines()) < 120
@@ -195,7 +196,9 @@ def test_agreement_is_the_correlation_of_what_was_checked(tiny):
     scores = feature_attribution(model, pairs, saes)
     table = {"node": list("abcd"), "estimate": [1.0, 2.0, 3.0, 9.0], "exact": [2.0, 4.0, 6.0, np.nan]}
     edges = pd.DataFrame({"source": [], "target": [], "weight": []})
-    assert FeatureCircuit(pd.DataFrame(table), edges, scores, 1.0).agreement == pytest.approx(1)
+    circuit = FeatureCircuit(pd.DataFrame(table), edges, scores, 1.0)
+    assert circuit.agreement == pytest.approx(1)
+    assert circuit.relative_error == pytest.approx(0.5)
     table["exact"] = [-2.0, -4.0, np.nan, np.nan]
     assert np.isnan(FeatureCircuit(pd.DataFrame(table), edges, scores, 1.0).agreement)
 
