@@ -34,6 +34,7 @@ from torch import Tensor
 from interp.errors import OptionError, one_of
 from interp.features.evaluate import targets, token_geometry
 from interp.features.sae import SAE
+from interp.plots import INK, RAISES, finish
 
 COLUMNS = ("x_norm", "code_norm", "elbo", "elbo_1", "l0")
 WORST_CASES = (0.25, 0.5, 1.0)  # values of eps (h - 1) whose bands are drawn
@@ -74,8 +75,6 @@ def zf_plot(points: pd.DataFrame, *, d: int, title: str | None = None, limit: in
     tokens evenly spaced ones are drawn; numbers in the legend are of all.
     Raises `OptionError` for points without their columns or without a token.
     """
-    from interp.plots import INK, RAISES, finish  # of a later layer
-
     if missing := [name for name in COLUMNS if name not in points.columns]:
         raise OptionError(f"these are not ZF points: the table has no column {missing[0]!r}")
     if not len(points) or d < 1 or limit < 1:
