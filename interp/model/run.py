@@ -3,6 +3,7 @@
 Hook-only analyses (exact patching by hooks, caching) need no more than hook points, and both have them.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -74,6 +75,12 @@ def logits_at(
     return run_at(model, tokens, read_at, hooks)
 
 
+def _last_layer(names: Sequence[str]) -> int | None:
+    """Layers that have to run for these hook points to fire; None for all."""
+    layers = [re.match(r"blocks\.(\d+)\.|hook_(?:pos_)?embed$", name) for name in names]
+    return None if None in layers else max((int(found[1] or -1) for found in layers), default=-1) + 1
+
+
 @torch.no_grad()
 def record(
     model, tokens: Int[Tensor, "prompt position"], names: Iterable[str], hooks: Hooks = (), *, copy: bool = True
@@ -93,7 +100,7 @@ def record(
     names = list(dict.fromkeys(names))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kwargs = {"return_type": None} if isinstance(model, Transformer) else {}
+        kwargs = {"return_type": None, "n_layers": _last_layer(names)} if isinstance(model, Transformer) else {}
         model.run_with_hooks(tokens, fwd_hooks=[*hooks, *((name, keep(name)) for name in names)], **kwargs)
     if silent := [name for name in names if name not in values]:
         raise RuntimeError(f"hook points that did not fire: {', '.join(silent)}")

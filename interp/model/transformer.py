@@ -335,18 +335,19 @@ class Transformer(HookedRootModule):
         rules: Rules | None = None,
         return_type: Literal["logits", "loss"] | None = "logits",
         read_at: Int[Tensor, " batch"] | None = None,
+        n_layers: int | None = None,
     ) -> Float[Tensor, "batch position d_vocab"] | Float[Tensor, "batch d_vocab"] | Float[Tensor, ""] | None:
         """Logits [batch, position, d_vocab]; with `read_at`, only at one position of each row: [batch, d_vocab].
 
         Rows shorter than the batch are padded on the right, which a causal model never sees. `return_type="loss"`
-        gives the mean next-token cross-entropy in nats.
+        gives the mean next-token cross-entropy in nats. `n_layers` stops after so many layers, for `return_type=None`.
         """
         rules = rules or GRADIENT
         if not isinstance(tokens, Tensor):
             tokens = self.to_tokens(tokens)
         resid = self.embed_tokens(tokens.to(self.device))
         places = self.places(tokens.shape[-1])
-        for block in self.blocks:
+        for block in self.blocks[:n_layers]:
             resid = block(resid, places, rules)
         if return_type is None:
             return None

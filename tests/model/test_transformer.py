@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformer_lens import ActivationCache, HookedRootModule
 
 from interp import ModelConfig, Rules, Transformer
+from interp.model.run import record
 
 TEXT = "w0 w1 w2 w3 w4"
 
@@ -496,3 +497,15 @@ def test_embedding_gradients_agree_with_finite_differences(tiny):
     start = resid.clone().requires_grad_()
     logit(start).backward()
     assert (start.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-6)
+
+
+def test_recording_runs_no_layer_behind_the_last_one_recorded(tiny):
+    model, reached = tiny("gpt2"), []
+    tokens = torch.tensor([[1, 2, 3]])
+    _, cache = model.run_with_cache(tokens)
+    for names, layers in ((["hook_embed"], []), (["blocks.0.hook_resid_post"], [0]), (["blocks.1.hook_resid_pre"], [0, 1])):
+        reached.clear()
+        seen = [(f"blocks.{i}.hook_resid_pre", lambda value, hook: reached.append(hook.layer())) for i in range(2)]
+        values = record(model, tokens, names, seen)
+        assert reached == layers
+        assert all(torch.equal(values[name], cache[name]) for name in names)
