@@ -503,7 +503,11 @@ def test_recording_runs_no_layer_behind_the_last_one_recorded(tiny):
     model, reached = tiny("gpt2"), []
     tokens = torch.tensor([[1, 2, 3]])
     _, cache = model.run_with_cache(tokens)
-    for names, layers in ((["hook_embed"], []), (["blocks.0.hook_resid_post"], [0]), (["blocks.1.hook_resid_pre"], [0, 1])):
+    for names, layers in (
+        (["hook_embed"], []),
+        (["blocks.0.hook_resid_post"], [0]),
+        (["blocks.1.hook_resid_pre"], [0, 1]),
+    ):
         reached.clear()
         seen = [(f"blocks.{i}.hook_resid_pre", lambda value, hook: reached.append(hook.layer())) for i in range(2)]
         values = record(model, tokens, names, seen)
