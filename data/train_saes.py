@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 
 import corpus as mini
-from interp.features.evaluate import evaluate_sae
 
 from interp.features.config import SAEConfig
+from interp.features.evaluate import evaluate_sae
 from interp.features.sources import Corpus, ModelSource
 from interp.features.train import train_saes
 from interp.model.load import load_model

@@ -43,6 +43,8 @@ _HOME = {
     "compare_circuits": "interp.circuits.similarity",
     "stability": "interp.circuits.similarity",
     "SAE": "interp.features.sae",
+    "load_sae": "interp.features.belonging",
+    "check_belongs": "interp.features.belonging",
     "SAEConfig": "interp.features.config",
     "Training": "interp.features.train",
     "train_sae": "interp.features.train",

@@ -7,6 +7,7 @@ its widths do not fit, its inputs are not as long as those it was trained on, an
 """
 
 import warnings
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,13 @@ from interp.model.run import config_of, record
 
 NORM_FACTOR = 2.0  # mean norms further apart than this are of other activations
 _PROMPTS = 8  # run at once
+
+
+def load_sae(folder: str | Path, model, *, tokens: Int[Tensor, "prompt position"] | None = None) -> SAE:
+    """`SAE.load` onto the model's device, and `check_belongs`: raises or warns where the SAE is not this model's."""
+    sae = SAE.load(folder, device=model.W_E.device)
+    check_belongs(sae, model, tokens)
+    return sae
 
 
 def check_belongs(sae: SAE, model, tokens: Int[Tensor, "prompt position"] | None = None) -> None:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from interp.errors import SiteError
+from interp.errors import LoadError, SiteError
 from interp.features import belonging
-from interp.features.belonging import check_belongs
+from interp.features.belonging import check_belongs, load_sae
 from interp.features.config import SAEConfig
 from interp.features.sae import SAE
 
@@ -172,3 +172,14 @@ def test_first_positions_do_not_count(mini_gpt2, tokens):
     sae.b_dec.fill_(50.0)
     assert len(said(sae, mini_gpt2, tokens)) == 1
     assert said(sae, mini_gpt2, tokens[:, :1]) == []  # nothing is left to judge by
+
+
+def test_loading_checks(mini_gpt2, mini_llama, tmp_path):
+    sae = load_sae(
+        "mini-gpt2/resid_post2", mini_gpt2, tokens=mini_gpt2.to_tokens(["Mary and John went to the park."] * 2)
+    )
+    assert sae.config.hook == "blocks.2.hook_resid_post"
+    with pytest.warns(UserWarning, match="was trained on mini-gpt2, and the model is mini-llama"):
+        load_sae("mini-gpt2/resid_post2", mini_llama)
+    with pytest.raises(LoadError, match="there is no folder"):
+        load_sae(tmp_path / "none", mini_gpt2)
