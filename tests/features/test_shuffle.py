@@ -27,7 +27,8 @@ class Numbered:
 
     def read(self, sequences) -> Rows:
         self.reads += list(sequences)
-        ids = torch.tensor([[s, t] for s in sequences for t in range(self.lengths[s])]).reshape(-1, 2)
+        ids = torch.tensor([[s, t] for s in sequences for t in range(self.lengths[s])], dtype=torch.int64)
+        ids = ids.reshape(-1, 2)
         return Rows({"id": ids.float(), "code": (ids[:, :1] * 100 + ids[:, 1:]).float()}, ids)
 
 
