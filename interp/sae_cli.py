@@ -93,11 +93,16 @@ class TrainSAE(Text):
     """Seed of weights, order and split."""
 
     def run(self) -> None:
-        from interp.errors import one_of
-        from interp.features.config import ARCHITECTURES
+        from interp.errors import OptionError, one_of
+        from interp.features.config import ARCHITECTURES, WITH_K
         from interp.files import n_bytes
 
         one_of(self.architecture, ARCHITECTURES, "kind of sparse autoencoder")
+        capped = self.architecture in WITH_K or (self.architecture == "top-afa" and self.afa == "corrected")
+        if self.k is not None and not capped:
+            raise OptionError(f"--k is not for {self.architecture}, which chooses how many latents fire by other means")
+        if self.architecture in ("standard", "gated", "jumprelu") and not self.sparsity:
+            raise OptionError(f"{self.architecture} is sparse by a penalty only: give its coefficient with --sparsity")
         memory = None if self.max_memory is None else n_bytes(self.max_memory)
         from interp.features.evaluate import evaluate_sae
         from interp.features.sources import ModelSource

@@ -106,6 +106,9 @@ def test_bundled_autoencoders_are_listed(capsys):
         (("--hook", "blocks.9.hook_resid_post"), "no hook point 'blocks.9.hook_resid_post'"),
         (("--text", "missing.txt"), "there is no file missing.txt"),
         (("--n-texts", "0"), "cannot read 0 texts"),
+        (("--architecture", "jumprelu"), "give its coefficient with --sparsity"),
+        (("--architecture", "gated", "--k", "4"), "--k is not for gated"),
+        (("--architecture", "top-afa", "--afa", "faithful", "--k", "4"), "--k is not for top-afa"),
         (("--k", "5000"), "d_sae has only 1024"),
         (("--steps", "0"), "steps must be at least 1"),
         (("--lr", "-1"), "lr must be positive"),
@@ -113,7 +116,21 @@ def test_bundled_autoencoders_are_listed(capsys):
         (("--max-memory", "10M"), "there is 10 MiB"),
         (("--max-memory", "much"), "not an amount of memory"),
     ],
-    ids=["architecture", "hook", "file", "no-texts", "k", "steps", "lr", "held-out", "memory", "amount"],
+    ids=[
+        "architecture",
+        "hook",
+        "file",
+        "no-texts",
+        "no-penalty",
+        "no-k",
+        "no-k-published",
+        "k",
+        "steps",
+        "lr",
+        "held-out",
+        "memory",
+        "amount",
+    ],
 )
 def test_bad_options_of_training(arguments, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
