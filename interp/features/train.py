@@ -27,7 +27,7 @@ from interp.features.objective import objective
 from interp.features.optimizer import Adam
 from interp.features.sae import SAE
 from interp.features.shuffle import Shuffled
-from interp.features.sources import Source
+from interp.features.sources import Corpus, ModelSource, Source
 
 Logger = Callable[[dict], None]
 DEAD_EVERY = 16  # steps between looks at which latents are dead: a GPU has to be waited for to know
@@ -89,15 +89,14 @@ class Learner:
     def __init__(self, sae: SAE, training: Training):
         config = sae.config
         self.sae, self.training, self.n_steps = sae, training, 0
-        faithful = config.architecture == "top-afa" and config.afa == "faithful"
         parameters = {name: p.requires_grad_() for name, p in sae.named_parameters()}
-        if faithful:
+        if config.faithful:
             parameters.pop("b_enc")
-        unit = {"W_dec"} if config.unit_decoder and not faithful else set()
+        unit = {"W_dec"} if config.unit_decoder and not config.faithful else set()
         unit |= {"encoder"} if config.tied else set()
         self.adam = Adam(
             parameters, betas=training.betas, eps=training.eps, unit=frozenset(unit),
-            late=frozenset({"W_dec"} if faithful else ()),
+            late=frozenset({"W_dec"} if config.faithful else ()),
         )  # fmt: skip
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=sae.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=sae.device)  # as it was when last looked at
@@ -244,8 +243,6 @@ def train_sae(model, corpus, hook: str, *, config: SAEConfig | None = None, d_sa
     corpus: a `Corpus`, a list of texts, or a file of texts. config: what to train (default: TopK with k=32 and 8 latents for
     each channel, or `d_sae`); its hook is filled in.
     """
-    from interp.features.sources import Corpus, ModelSource
-
     if isinstance(corpus, str | Path):
         corpus = Corpus.from_file(model, corpus)
     elif not isinstance(corpus, Corpus):
@@ -317,7 +314,7 @@ def _report(step: int, records: dict, learners: dict, training: Training, logger
 @torch.no_grad()
 def _finished(learner: Learner, source: Source) -> SAE:
     sae = learner.sae.requires_grad_(False)
-    if learner.sae.config.architecture == "top-afa" and sae.config.afa == "faithful":
+    if sae.config.faithful:
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     for p in sae.parameters():
         p.grad = None
