@@ -21,22 +21,26 @@ from interp.features.codes import Codes
 
 
 class _Autoencode(Function):
-    """(values, decoded) of codes whose values are `codes.values`, as linear functions of x, the encoder and the decoder."""
+    """(values, decoded) of codes whose values are `codes.values`, as linear functions of x, the encoder and the decoder.
+
+    With a target, (values, target - decoded - bias)."""
 
     @staticmethod
     def forward(
         ctx: Any, codes: Codes, live: Tensor | None, x: Tensor, encoder: Tensor, b_enc: Tensor, b_in: Tensor | None,
-        decoder: Tensor,
+        decoder: Tensor, bias: Tensor | None, target: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.codes, ctx.live = codes, live
+        ctx.codes, ctx.live, ctx.sign = codes, live, 1 if target is None else -1
         ctx.save_for_backward(x, encoder, b_in, decoder)
-        return codes.values.clone(), codes.decode(decoder)
+        return codes.values.clone(), codes.decode(decoder, bias=bias, target=target)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_values: Tensor, g: Tensor):
         codes: Codes = ctx.codes
         x, encoder, b_in, decoder = ctx.saved_tensors
+        g = g if ctx.sign > 0 else -g
+        d_bias = g.sum(0) if ctx.needs_input_grad[7] else None
         slope = codes.dots(decoder, g) + g_values
         if ctx.live is not None:
             slope = slope * ctx.live
@@ -45,7 +49,8 @@ class _Autoencode(Function):
         if len(codes) != len(x):  # (level, token) rows: each level sees the same tokens
             seen = seen.repeat(len(codes) // len(x), 1)
         d_decoder, d_encoder = codes.outer([codes.values, slope], [g, seen])
-        return None, None, None, d_encoder, sums, None if b_in is None else -(sums @ encoder), d_decoder
+        d_b_in = None if b_in is None else -(sums @ encoder)
+        return None, None, None, d_encoder, sums, d_b_in, d_decoder, d_bias, None
 
 
 class _Decode(Function):
@@ -68,14 +73,16 @@ class _Decode(Function):
 def autoencode(
     codes: Codes, x: Float[Tensor, "token d_in"], encoder: Float[Tensor, "latent d_in"], b_enc: Float[Tensor, " latent"],
     b_in: Float[Tensor, " d_in"] | None, decoder: Float[Tensor, "latent d_out"], *, rectified: bool = True,
+    bias: Float[Tensor, " d_out"] | None = None, target: Float[Tensor, "row d_out"] | None = None,
 ) -> tuple[Float[Tensor, " entry"], Float[Tensor, "row d_out"]]:  # fmt: skip
-    """(values, decoded without b_dec) of codes chosen from z = (x - b_in) encoder^T + b_enc, whose values they hold.
+    """(values, decoded + bias) of codes chosen from z = (x - b_in) encoder^T + b_enc, whose values they hold.
 
-    Differentiable in encoder, b_enc, b_in and decoder; x is data. rectified: values are ReLU(z), so that those at 0 pass
+    With a target, (values, target - decoded - bias), in one pass. Differentiable in encoder, b_enc, b_in, decoder and bias; x and
+    target are data. rectified: values are ReLU(z), so that those at 0 pass
     nothing on. Codes with several rows a token (`Codes.split`) decode each by itself.
     """
     live = (codes.values > 0) if rectified else None
-    return _Autoencode.apply(codes, live, x, encoder, b_enc, b_in, decoder)
+    return _Autoencode.apply(codes, live, x, encoder, b_enc, b_in, decoder, bias, target)
 
 
 def decode(

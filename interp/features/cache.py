@@ -9,6 +9,7 @@ A cache is a folder of raw numbers, in the machine's byte order, which are mappe
     0.bin, 1.bin, ...  [row, d] of each hook, in the order of `widths`; bfloat16 as its two bytes
     ids.bin            [row, 2] int32: the sequence and position of each row
     offsets.bin        [sequence + 1] int64: sequence s has rows offsets[s]:offsets[s + 1]
+    tokens.safetensors token ids and lengths of the sequences, if the source is of a corpus: `CacheSource.corpus`
 
 The files are made at their largest size (sequences x rows per sequence; a file's holes take no space) and cut when all is done.
 A block counts as done only after its numbers have reached the disk, so an interruption costs at most one block.
@@ -23,11 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 from tqdm import tqdm
 
 from interp.errors import LoadError, OptionError, one_of
-from interp.features.sources import Rows, Source
+from interp.features.sources import Corpus, Rows, Source
 from interp.files import write_atomically
 
 # name -> (in torch, how its bytes lie in a file)
@@ -57,6 +60,10 @@ def cache_activations(
     state = _begun(source, folder, dtype)
     _check_space(source, folder, state)
     n_rows = _write(source, folder, state, block, progress)
+    corpus = getattr(source, "corpus", None)
+    if corpus is not None:
+        content = {"tokens": corpus.tokens.cpu().to(torch.int32), "lengths": corpus.lengths.cpu().to(torch.int32)}
+        write_atomically(folder / "tokens.safetensors", tensor_bytes(content, {"name": corpus.name}))
     for name, row_bytes in _row_bytes(state).items():
         if (folder / name).stat().st_size > n_rows * row_bytes:
             os.truncate(folder / name, n_rows * row_bytes)
@@ -83,6 +90,7 @@ class CacheSource:
         self.rows_per_sequence: int = state["rows_per_sequence"]
         self.about: dict = state["about"]
         self._offsets, self._ids, self._values = _open(self.folder, state, "r")
+        self.corpus = _read_corpus(self.folder)  # None where the source was not of one
 
     def __repr__(self) -> str:
         hooks = ", ".join(f"{hook} [{width}]" for hook, width in self.widths.items())
@@ -96,6 +104,18 @@ class CacheSource:
         rows = _rows_of(self._offsets, at)
         values = {hook: _from_disk(mapped, rows, self.dtype) for hook, mapped in self._values.items()}
         return Rows(values, torch.from_numpy(np.take(self._ids, rows, axis=0)).long())
+
+
+def _read_corpus(folder: Path) -> Corpus | None:
+    path = folder / "tokens.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            name = (file.metadata() or {}).get("name", "tokens")
+            return Corpus(file.get_tensor("tokens").long(), file.get_tensor("lengths").long(), name)
+    except SafetensorError as error:
+        raise LoadError(f"{path} is damaged: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- numbers

@@ -86,11 +86,15 @@ class Codes:
         zeros = torch.zeros(len(self), dtype=per_entry.dtype, device=per_entry.device)
         return zeros.index_add(0, self.rows, per_entry)
 
-    def decode(self, weight: Float[Tensor, "latent d"]) -> Float[Tensor, "token d"]:
-        """sum_i f_i w_i."""
+    def decode(
+        self, weight: Float[Tensor, "latent d"], *, bias: Float[Tensor, " d"] | None = None,
+        target: Float[Tensor, "token d"] | None = None,
+    ) -> Float[Tensor, "token d"]:  # fmt: skip
+        """sum_i f_i w_i (+ bias); with a target, what is left of it: target - that."""
         if self.sparse:
-            return sparse_decode(self.values, self.latents, self.offsets, weight)
-        return self.dense() @ weight
+            return sparse_decode(self.values, self.latents, self.offsets, weight, bias=bias, target=target)
+        decoded = self.dense() @ weight if bias is None else torch.addmm(bias, self.dense(), weight)
+        return decoded if target is None else target - decoded
 
     def dots(self, weight: Float[Tensor, "latent d"], rows: Float[Tensor, "token d"]) -> Float[Tensor, " entry"]:
         """<row_t, w_i> of each entry (t, i): the gradient of its value."""

@@ -80,11 +80,16 @@ def _sparse(sae: SAE, x: Tensor, y: Tensor, dead, sparsity: float, k: int | None
         if narrow is not None and config.kron is None:
             codes = _exact(codes, sae.encoder, b_enc, seen, rectified=kind != "abstopk")
 
-    levels = config.levels
-    if len(levels) > 1:
-        codes = codes.split(levels)
-    values, decoded = _through(sae, codes, x, b_enc, rectified=kind != "abstopk")
-    errors = y - _biased(sae, decoded.unflatten(0, (len(levels), len(x))).cumsum(0), x)
+    levels, rectified = config.levels, kind != "abstopk"
+    if len(levels) == 1 and config.kron is None and not config.skip:  # decoded and subtracted in one pass
+        values, residual = autoencode(
+            codes, x, sae.encoder, b_enc, sae.b_in, sae.W_dec, rectified=rectified, bias=sae.b_dec, target=y
+        )  # fmt: skip
+        errors = residual[None]
+    else:
+        codes = codes if len(levels) == 1 else codes.split(levels)
+        values, decoded = _through(sae, codes, x, b_enc, rectified=rectified)
+        errors = y - _biased(sae, decoded.unflatten(0, (len(levels), len(x))).cumsum(0), x)
     loss = errors.square().sum() / len(x)
     error = errors[-1].detach()
 

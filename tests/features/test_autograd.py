@@ -125,3 +125,22 @@ def test_there_is_no_second_derivative():
     (first,) = torch.autograd.grad(decoded.square().sum(), w["decoder"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("with_b_in", [True, False], ids=["b_in", "no b_in"])
+def test_the_residual_in_one_pass(with_b_in):
+    """target - decoded - bias, and all gradients, equal what one subtracts by hand; a bias that is b_in too gets both parts."""
+    x, w, target = normal(N, D_OUT, seed=11), weights(with_b_in), normal(N, D_OUT, seed=12)
+    w["encoder"] = normal(D_SAE, D_OUT, seed=0).requires_grad_()
+    w["b_in"] = normal(D_OUT, seed=2).requires_grad_() if with_b_in else None
+    bias = w["b_in"] if with_b_in else normal(D_OUT, seed=3).requires_grad_()
+    codes = Codes.where(choose(), pre_activations(x, w).relu().detach())
+    given = (codes, x, w["encoder"], w["b_enc"], w["b_in"], w["decoder"])
+    _, residual = autoencode(*given, bias=bias, target=target)
+    _, decoded = autoencode(*given)
+    torch.testing.assert_close(residual, target - decoded - bias, **CLOSE)
+    wanted = [w["encoder"], w["b_enc"], w["decoder"], bias]
+    found = torch.autograd.grad(residual.pow(3).sum(), wanted)
+    expected = torch.autograd.grad((target - decoded - bias).pow(3).sum(), wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)

@@ -121,6 +121,22 @@ def test_batches_of_a_model_are_those_of_its_cache(tmp_path, mini_gpt2):
             torch.testing.assert_close(found[hook], expected[hook], rtol=1e-4, atol=1e-5)
 
 
+def test_token_ids_are_kept(tmp_path, mini_gpt2):
+    corpus = Corpus.from_texts(
+        mini_gpt2, ["Mary and John went to the park.", "The capital of Peru is Lima."], name="two"
+    )
+    cache = cache_activations(ModelSource(mini_gpt2, corpus, ["blocks.0.hook_resid_post"]), tmp_path / "cache")
+    assert cache.corpus.name == "two"
+    assert torch.equal(cache.corpus.tokens, corpus.tokens)
+    assert torch.equal(cache.corpus.lengths, corpus.lengths)
+    ids = cache.read([1]).ids
+    assert mini_gpt2.to_str_tokens(cache.corpus.tokens[ids[:, 0], ids[:, 1]])[:3] == ["The", " capital", " of"]
+    assert cache_activations(ArraySource({"x": torch.randn(4, 2)}), tmp_path / "array").corpus is None
+    (tmp_path / "cache" / "tokens.safetensors").write_bytes(b"x")
+    with refused(LoadError, "tokens.safetensors is damaged"):
+        CacheSource(tmp_path / "cache")
+
+
 def test_a_matrix_in_memory(tmp_path):
     values = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     cache = cache_activations(ArraySource({"x": values}), tmp_path, block=7)
