@@ -8,6 +8,7 @@
 - `sparse_decode`, `sparse_dots`: a sparse code decoded, less its target if wished, and the gradient of its values.
 - `weight_gradients`, `by_latent`: a sparse autoencoder's weight gradients, gathered latent by latent in one pass.
 - `adam_rows`: one pass for an Adam step of rows that stay on the unit sphere, and their copy in half precision.
+- `unembed_top_k`: the k tokens that rows score highest, through tiles of the unembedding, without logits in between.
 - `Graphed`: a function replayed as a CUDA graph wherever shapes repeat.
 
 Tensors on a CUDA device go to Triton, all others to torch. Triton is imported by the first call that needs it, so this
@@ -22,11 +23,13 @@ from interp_kernels.graphs import Graphed
 from interp_kernels.row_top_k import row_top_k
 from interp_kernels.sparse_decode import sparse_decode, sparse_dots
 from interp_kernels.suffix_attention import Rows, suffix_attention
+from interp_kernels.unembed_top_k import TopTokens, unembed_top_k
 from interp_kernels.weight_gradients import by_latent, weight_gradients
 
 __all__ = [
     "Graphed",
     "Rows",
+    "TopTokens",
     "adam_rows",
     "afa_select",
     "answer_logits",
@@ -36,5 +39,6 @@ __all__ = [
     "sparse_decode",
     "sparse_dots",
     "suffix_attention",
+    "unembed_top_k",
     "weight_gradients",
 ]

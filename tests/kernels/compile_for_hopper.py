@@ -26,6 +26,7 @@ from interp_kernels import (
     _row_top_k_triton,
     _sparse_decode_triton,
     _suffix_attention_triton,
+    _unembed_top_k_triton,
     _weight_gradients_triton,
     by_latent,
 )
@@ -134,6 +135,13 @@ def adam(dtype: torch.dtype, d: int, unit_rows: bool) -> None:
     _adam_rows_triton.launch(x, x, x, x, 1, 1e-3, (0.9, 0.999), 1e-8, unit_rows, copy)
 
 
+def unembed(dtype: torch.dtype, d: int, n_tokens: int, k: int, whole: bool) -> None:
+    kernel = _unembed_top_k_triton._unembed_top_k
+    kernel.run = compiling(kernel, f"{dtype} d {d} tokens {n_tokens} k {k} {whole}")
+    x, weight = torch.zeros(3, d, dtype=dtype), torch.zeros(n_tokens, d, dtype=dtype)
+    _unembed_top_k_triton.launch(x, weight if whole else weight.view(d, -1).mT, k, both=whole, moments=whole)
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Hopper())
     everything = "--all" in sys.argv
@@ -155,6 +163,8 @@ def main() -> None:
     gradients(torch.bfloat16, 2304)
     adam(torch.float32, 768, unit_rows=True)
     adam(torch.float32, 4096, unit_rows=False)
+    unembed(torch.bfloat16, 4096, 1280, 10, whole=True)
+    unembed(torch.float32, 768, 1257, 50, whole=True)
     if everything:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             for d_head in (16, 64, 80, 96, 128, 256):
@@ -166,6 +176,9 @@ def main() -> None:
             answer(dtype, 768, "layer", whole=True)
             decode(dtype, 768, whole=True)
             gradients(dtype, 768, 2304)
+            for k in (1, 10, 128):
+                unembed(dtype, 4096, 1280, k, whole=True)
+            unembed(dtype, 768, 1280, 50, whole=False)
             for n_columns in (1000, 3072, 24576):
                 top_k(dtype, n_columns)
                 afa(dtype, n_columns)

