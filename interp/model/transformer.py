@@ -26,7 +26,7 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from interp.errors import TaskError
-from interp.model import ops, tokens
+from interp.model import ops, sampling, tokens
 from interp.model.activations import ACTIVATIONS
 from interp.model.config import ModelConfig, Rotary
 from interp.model.nonlinearities import Nonlinearity, nonlinearities
@@ -386,30 +386,15 @@ class Transformer(HookedRootModule):
         """The id of a text that is exactly one token; ValueError if it is several."""
         return tokens.single_token(self.tokenizer, text)
 
-    @torch.no_grad()
     def generate(
         self, prompt: str | Int[Tensor, "batch position"], max_new_tokens: int = 20, *, temperature: float = 0.0,
-        seed: int = 0, stop_at_eos: bool = True,
+        top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop_at_eos: bool = True,
     ) -> str | Int[Tensor, "batch longer"]:  # fmt: skip
-        """Continue a prompt: text for text, token ids for token ids. `temperature=0` is greedy.
+        """Continue a prompt: text for text, token ids for token ids. `temperature=0` is greedy; see `sampling.sample`.
 
         Hooks act on every step, since each step is a whole forward pass over the text so far.
         """
-        ids = self.to_tokens(prompt) if isinstance(prompt, str) else prompt.to(self.device)
-        eos = getattr(self.tokenizer, "eos_token_id", None) if stop_at_eos else None
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-        for _ in range(min(max_new_tokens, self.cfg.n_ctx - ids.shape[1])):
-            last = torch.full((len(ids),), ids.shape[1] - 1, device=self.device)
-            logits = self(ids, read_at=last)
-            if temperature == 0:
-                chosen = logits.argmax(-1)
-            else:
-                chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            if eos is not None:
-                chosen = torch.where(done, torch.full_like(chosen, eos), chosen)
-                done = done | (chosen == eos)
-            ids = torch.cat([ids, chosen[:, None]], 1)
-            if eos is not None and done.all():
-                break
+        ids = self.to_tokens(prompt) if isinstance(prompt, str) else prompt
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_at_eos": stop_at_eos}
+        ids, _ = sampling.sample(self, ids, max_new_tokens, **options)
         return self.tokenizer.decode(ids[0].tolist()) if isinstance(prompt, str) else ids
