@@ -7,6 +7,7 @@
     interp attribute --rules relp --task capitals     one backward pass, checked against exact patching
     interp edges --task capitals --n 8                every edge of the model's graph
     interp sae train / eval / show                    sparse autoencoders (interp.sae_cli)
+    interp neurons decode / find / clamp              neurons' weights as tokens (interp.neurons_cli)
     interp models / interp tasks / interp rules       what there is
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from interp.neurons_cli import NeuronCommands
 from interp.sae_cli import SAECommands
 
 if TYPE_CHECKING:
@@ -362,6 +364,7 @@ Command = (
     | Annotated[RuleSets, tyro.conf.subcommand("rules")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[SAECommands, tyro.conf.subcommand("sae")]
+    | Annotated[NeuronCommands, tyro.conf.subcommand("neurons")]
 )
 
 
