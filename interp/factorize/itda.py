@@ -17,27 +17,22 @@ The order of the rows matters, as in every greedy method; it is drawn from `seed
 dictionary: an atom that is added can make the error of *other* rows larger, also of rows that were let pass before.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp.errors import OptionError, SiteError, name_some
+from interp.factorize.folder import load_folder, save_folder
 from interp.factorize.pursuit import GRAM_NUMBERS, matching_pursuit
-from interp.files import write_atomically
 from interp.model.run import config_of, record
 from interp.precision import at_least_float32
 
 BLOCK = 128  # rows encoded at once while the dictionary grows: those behind a new atom may have to be encoded again
-TENSORS, OPTIONS = "itda.safetensors", "itda.json"
 FORMAT = "interp.itda/1"
 
 
@@ -257,21 +252,12 @@ class ITDA:
 
     def save(self, folder: str | Path) -> Path:
         """Write `itda.safetensors` (atoms, mean, ids) and `itda.json` (options) into a folder, made if need be."""
-        folder, tensors = Path(folder), {"atoms": self.atoms_.contiguous(), "mean": self.mean_}
-        if folder.exists() and not folder.is_dir():
-            raise OptionError(f"{folder} is a file, and a dictionary is saved as a folder")
-        if not folder.parent.is_dir():
-            raise OptionError(f"the folder {folder.parent} does not exist")
+        tensors = {"atoms": self.atoms_, "mean": self.mean_}
         if self._id_list is not None:
             tensors["ids"] = self.ids_
-        data = tensor_bytes({name: value.cpu() for name, value in tensors.items()})
         options = {name: getattr(self, name) for name in _OPTIONS}
-        # The digest ties the two files together: an interruption between them leaves a pair that is refused.
-        about = {"format": FORMAT, **options, "n_seen": self.n_seen_, "source": self.source_, "sha256": _digest(data)}
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / TENSORS, data)
-        write_atomically(folder / OPTIONS, json.dumps(about, indent=1) + "\n")
-        return folder
+        about = {"format": FORMAT, **options, "n_seen": self.n_seen_, "source": self.source_}
+        return save_folder(folder, "itda", tensors, about)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str | None = None) -> "ITDA":
@@ -279,19 +265,11 @@ class ITDA:
 
         Raises `OptionError` naming the file or the field that is missing.
         """
-        folder = Path(folder)
-        for name in (OPTIONS, TENSORS):
-            if not (folder / name).is_file():
-                raise OptionError(f"{folder} holds no ITDA: it has no {name}")
-        about = _read_options(folder / OPTIONS)
-        data = (folder / TENSORS).read_bytes()
-        if about["sha256"] != _digest(data):
-            raise OptionError(f"{folder / TENSORS} is not the file that {OPTIONS} was written with: save it again")
-        tensors = read_tensors(data)
-        if missing := [name for name in ("atoms", "mean") if name not in tensors]:
-            raise OptionError(f"{folder / TENSORS} lacks {', '.join(missing)}")
+        tensors, about = load_folder(
+            folder, "itda", FORMAT, fields=(*_OPTIONS, "n_seen", "source"), tensors=("atoms", "mean"), device=device
+        )
         itda = cls(**{name: about[name] for name in _OPTIONS})
-        itda._store, itda.mean_ = (tensors[name].to(device or "cpu") for name in ("atoms", "mean"))
+        itda._store, itda.mean_ = tensors["atoms"], tensors["mean"]
         itda.n_atoms, itda.n_seen_, itda.source_ = len(itda._store), about["n_seen"], about["source"]
         itda._id_list = tensors["ids"].tolist() if "ids" in tensors else None
         return itda
@@ -381,18 +359,3 @@ def _check(x: Float[Tensor, "token d"], ids: Int[Tensor, "token 2"] | None = Non
 def _shuffled(n: int, seed: int) -> Int[Tensor, " row"]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read_options(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OptionError(f"{path} is not JSON: {error}") from None
-    if missing := [name for name in ("format", *_OPTIONS, "n_seen", "source", "sha256") if name not in about]:
-        raise OptionError(f"{path} lacks {', '.join(missing)}")
-    if about["format"] != FORMAT:
-        raise OptionError(f"{path} is of format {about['format']!r}, and this reads {FORMAT}")
-    return about

@@ -8,6 +8,7 @@ certain density (`SPARSE_BELOW`, measured by benchmarks/sae.py --dispatch).
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -119,3 +120,27 @@ class Codes:
         offsets = torch.zeros(len(widths) * len(self) + 1, dtype=torch.int64, device=row.device)
         torch.cumsum(torch.bincount(row, minlength=len(widths) * len(self)), 0, out=offsets[1:])
         return Codes(offsets, self.latents[order], self.values[order], self.n_latents)
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    """What gives tokens sparse codes: an `SAE`, an `SNMF`.
+
+    hook: the hook point that it reads, or None where it does not say; n_features: latents of its codes.
+    """
+
+    @property
+    def hook(self) -> str | None: ...
+
+    @property
+    def n_features(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def codes(self, x: Float[Tensor, "token d"]) -> Codes:
+        """What fires on each token."""
+        ...

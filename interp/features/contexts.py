@@ -24,10 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from interp.errors import LoadError, OptionError, SiteError
-from interp.features.sae import SAE
+from interp.features.codes import Dictionary
 from interp.features.sources import Corpus, ModelSource
-from interp.features.splice import place_saes
 from interp.files import check_writable, write_atomically
+from interp.model.run import config_of
 from interp.model.tokens import token_strings
 
 COLUMNS = ("latent", "rank", "value", "sequence", "position", "token", "before", "after", "density")
@@ -47,37 +47,42 @@ class _Firings:
 
 @torch.no_grad()
 def top_contexts(
-    model, sae: SAE, corpus: Corpus, *, latents: Sequence[int] | None = None, n: int = 20, window: tuple[int, int] = (10, 5),
-    batch_size: int = 32, progress: bool = False,
+    model, dictionary: Dictionary, corpus: Corpus, *, latents: Sequence[int] | None = None, n: int = 20,
+    window: tuple[int, int] = (10, 5), batch_size: int = 32, progress: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
     """The n strongest contexts of each latent, at most one per sequence; first positions do not count.
 
-    latents: default all. window: tokens shown before and after. batch_size: sequences per forward pass. A transcoder is read
-    where it reads. Columns: latent, rank (0: the strongest), value (the code), sequence, position, token, before, after (texts),
+    dictionary: an SAE, or what else gives codes at a hook, such as an SNMF, whose features are the latents here. latents: default
+    all. window: tokens shown before and after. batch_size: sequences per forward pass. A transcoder is read where it reads.
+    Columns: latent, rank (0: the strongest), value (the code), sequence, position, token, before, after (texts),
     density (firings / tokens, of the whole corpus). A latent that never fires has no row.
-    Raises `SiteError` where the SAE names no hook, the model has no such hook, or the SAE no such latent.
+    Raises `SiteError` where the dictionary names no hook, the model has no such hook, or it has no such latent.
     """
     if n < 1:
         raise OptionError(f"cannot keep {n} contexts of a latent")
     if min(window) < 0:
         raise OptionError(f"a window is a number of tokens before and one after, not {window}")
-    (hook,) = place_saes(model, sae)
+    hook, n_latents, kind = dictionary.hook, dictionary.n_features, type(dictionary).__name__
+    if hook is None:
+        raise SiteError(f"this {kind} does not say which hook it belongs to, so it is not known what to read")
+    if hook not in model.hook_dict:
+        raise SiteError(f"{config_of(model).name} has no hook point {hook!r}")
     wanted = (
-        torch.arange(sae.config.d_sae)
+        torch.arange(n_latents)
         if latents is None
         else torch.tensor([*dict.fromkeys(map(int, latents))], dtype=torch.int64)
     )
-    if wrong := wanted[(wanted < 0) | (wanted >= sae.config.d_sae)].tolist():
-        raise SiteError(f"the SAE has latents 0 to {sae.config.d_sae - 1}, not {wrong[0]}")
+    if wrong := wanted[(wanted < 0) | (wanted >= n_latents)].tolist():
+        raise SiteError(f"the {kind} has latents 0 to {n_latents - 1}, not {wrong[0]}")
     source = ModelSource(model, corpus, [hook], batch_size=batch_size)
-    best = _Best(len(wanted), n, sae.device, sae.dtype)
-    fired, tokens = torch.zeros(len(wanted), dtype=torch.int64, device=sae.device), 0
+    best = _Best(len(wanted), n, dictionary.device, dictionary.dtype)
+    fired, tokens = torch.zeros(len(wanted), dtype=torch.int64, device=dictionary.device), 0
     with tqdm(total=source.n_sequences, desc="contexts", unit="seq", disable=not progress) as bar:
         for start in range(0, source.n_sequences, batch_size):
             sequences = range(start, min(start + batch_size, source.n_sequences))
             rows = source.read(sequences)
             tokens += len(rows.ids)
-            found = [*_firings(sae, rows.values[hook], rows.ids, wanted)]
+            found = [*_firings(dictionary, rows.values[hook], rows.ids, wanted)]
             for part in found:
                 fired += torch.bincount(part.column, minlength=len(wanted))
             best.add(found, sequences)
@@ -86,14 +91,15 @@ def top_contexts(
 
 
 def _firings(
-    sae: SAE, x: Float[Tensor, "token d_in"], ids: Int[Tensor, "token 2"], wanted: Int[Tensor, " wanted"]
+    dictionary: Dictionary, x: Float[Tensor, "token d_in"], ids: Int[Tensor, "token 2"], wanted: Int[Tensor, " wanted"]
 ) -> Iterator[_Firings]:
     """Entries of the code that are not 0, some tokens at a time: pre-activations of a whole batch may not fit."""
-    column = torch.full((sae.config.d_sae,), -1, device=sae.device)
-    column[wanted.to(sae.device)] = torch.arange(len(wanted), device=sae.device)
-    size = max(1, _ENTRIES // sae.config.d_sae)
-    for rows, where in zip(x.split(size), ids.to(sae.device).split(size), strict=True):
-        codes = sae.codes(rows.to(sae.device, sae.dtype))
+    n_latents, device = dictionary.n_features, dictionary.device
+    column = torch.full((n_latents,), -1, device=device)
+    column[wanted.to(device)] = torch.arange(len(wanted), device=device)
+    size = max(1, _ENTRIES // n_latents)
+    for rows, where in zip(x.split(size), ids.to(device).split(size), strict=True):
+        codes = dictionary.codes(rows.to(device, dictionary.dtype))
         kept = ((codes.values != 0) & (column[codes.latents] >= 0)).nonzero()[:, 0]
         sequence, position = where[codes.rows[kept]].unbind(1)
         yield _Firings(column[codes.latents[kept]], codes.values[kept], sequence, position)

@@ -83,6 +83,16 @@ class SAE(nn.Module):
         return self.encoder.T
 
     @property
+    def hook(self) -> str | None:
+        """The hook point that it reads."""
+        return self.config.hook
+
+    @property
+    def n_features(self) -> int:
+        """Latents: the name that all dictionaries share (`interp.features.codes.Dictionary`)."""
+        return self.config.d_sae
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 

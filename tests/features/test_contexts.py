@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interp.errors import LoadError, OptionError, SiteError
+from interp.features.codes import Codes, Dictionary
 from interp.features.config import SAEConfig
 from interp.features.contexts import COLUMNS, _Best, _Firings, load_contexts, save_contexts, top_contexts
 from interp.features.sae import SAE
@@ -97,6 +98,40 @@ def test_contexts_are_the_strongest_tokens(mini_gpt2, corpus, options):
     sae = random_sae(**options)
     found = top_contexts(mini_gpt2, sae, corpus, n=3, window=(4, 2), batch_size=2)
     same_contexts(found, by_hand(mini_gpt2, sae, corpus, 3, (4, 2)))
+
+
+class Loudest:
+    """Some channels as a dictionary, where they are positive."""
+
+    def __init__(self, hook: str | None, channels: list[int]):
+        self.hook, self.channels, self.n_features = hook, channels, len(channels)
+        self.dtype, self.device = torch.float64, torch.device("cpu")
+
+    def codes(self, x: torch.Tensor) -> Codes:
+        assert x.dtype == self.dtype
+        return Codes.where(x[:, self.channels] > 0, x[:, self.channels])
+
+
+def test_every_dictionary_has_contexts(mini_gpt2, corpus):
+    """Of its own codes, without a model of what it is."""
+    hook, channels = "blocks.2.mlp.hook_post", [7, 300, 12]
+    dictionary = Loudest(hook, channels)
+    assert isinstance(dictionary, Dictionary)
+    assert isinstance(random_sae(), Dictionary)
+    assert not isinstance(torch.nn.Linear(2, 2), Dictionary)
+    found = top_contexts(mini_gpt2, dictionary, corpus, n=1).set_index("latent")
+    for latent, channel in enumerate(channels):
+        best = max(
+            (float(record(mini_gpt2, tokens[None, :length], [hook])[hook][0, t, channel]), s, t)
+            for s, (tokens, length) in enumerate(zip(corpus.tokens, corpus.lengths.tolist(), strict=True))
+            for t in range(1, length)
+        )
+        assert found.loc[latent, "value"] == pytest.approx(best[0], rel=1e-4)
+        assert tuple(found.loc[latent, ["sequence", "position"]]) == best[1:]
+    with refused(SiteError, "this Loudest does not say which hook"):
+        top_contexts(mini_gpt2, Loudest(None, channels), corpus)
+    with refused(SiteError, "the Loudest has latents 0 to 2, not 3"):
+        top_contexts(mini_gpt2, dictionary, corpus, latents=[3])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -8,7 +8,7 @@ import torch
 
 from interp.errors import OptionError, SiteError, UnsupportedModel
 from interp.features.config import SAEConfig
-from interp.features.effects import logit_effects
+from interp.features.effects import direction_effects, logit_effects
 from interp.features.sae import SAE
 from interp.model.run import record
 from interp.model.tokens import token_strings
@@ -121,6 +121,68 @@ def test_a_transcoder_is_read_where_it_writes(mini_gpt2):
     sae = random_sae(128, "blocks.2.hook_mlp_out")
     sae.W_dec.copy_(transcoder.W_dec)
     assert logit_effects(mini_gpt2, transcoder).equals(logit_effects(mini_gpt2, sae))
+
+
+# ------------------------------------------------------------------------------------------------------- directions
+
+
+@pytest.mark.parametrize("place", ["hook_resid_post", "attn.hook_z", "mlp.hook_post"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_decoder_rows_are_directions(tiny, family, place):
+    model = tiny(family, torch.float64)
+    hook = f"blocks.0.{place}"
+    sae = random_sae(record(model, TOKENS, [hook])[hook][0, 0].numel(), hook)
+    found = direction_effects(model, hook, sae.W_dec, k=3)
+    assert found.rename(columns={"direction": "latent"}).equals(logit_effects(model, sae, k=3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_neurons_are_read_through_their_output_weights(tiny, family):
+    """What an SNMF's components write, z W_out, and behind a norm where there is one: the same at two hooks."""
+    model = tiny(family, torch.float64)
+    W_out = model.blocks[0].mlp.W_out
+    groups = torch.randn(5, len(W_out), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    groups[:, 3:] = 0
+    written = groups @ W_out
+    if model.cfg.post_norm:  # mlp_out is behind that norm, up to its scale
+        norm = model.blocks[0].ln2_post
+        written = written - written.mean(1, keepdim=True) if norm.centred else written
+        written = written * (1 + norm.w if norm.offset else norm.w)
+    neurons, stream = (
+        direction_effects(model, f"blocks.0.{hook}", rows, k=4)
+        for hook, rows in (("mlp.hook_post", groups), ("hook_mlp_out", written))
+    )
+    assert neurons["token_id"].tolist() == stream["token_id"].tolist()
+    assert neurons["value"].tolist() == pytest.approx(stream["value"].tolist(), rel=1e-9)
+
+
+def test_a_direction_turned_round_changes_sides_and_one_of_zeros_does_nothing(mini_gpt2):
+    hook = "blocks.1.hook_mlp_out"
+    z = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    z[1] = 0
+    there, back = (
+        direction_effects(mini_gpt2, hook, sign * z, k=5).set_index(["direction", "side"]) for sign in (1, -1)
+    )
+    for side, other in (("top", "bottom"), ("bottom", "top")):
+        assert there.loc[(0, side), "token_id"].tolist() == back.loc[(0, other), "token_id"].tolist()
+        assert there.loc[(0, side), "value"].tolist() == (-back.loc[(0, other), "value"]).tolist()
+        assert there.loc[(1, side), "value"].tolist() == [0] * 5
+    assert direction_effects(mini_gpt2, hook, z[:0]).empty
+
+
+def test_refused_directions(mini_gpt2):
+    hook = "blocks.1.mlp.hook_post"
+    with refused(SiteError, "the directions have 128 channels, and blocks.1.mlp.hook_post has 512"):
+        direction_effects(mini_gpt2, hook, torch.zeros(2, 128))
+    with refused(SiteError, "belong to no hook"):
+        direction_effects(mini_gpt2, None, torch.zeros(2, 128))
+    with refused(SiteError, "reaches the residual stream in no fixed way"):
+        direction_effects(mini_gpt2, "blocks.1.mlp.hook_pre", torch.zeros(2, 512))
+    with refused(OptionError, "cannot show 836 of 835 tokens"):
+        direction_effects(mini_gpt2, hook, torch.zeros(2, 512), k=836)
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
