@@ -26,14 +26,14 @@ SCRIPTS = sorted((ROOT / "data").glob("*.py"))
 LAYERS = [
     {"interp"},  # names only; it imports nothing until asked
     {"interp.errors", "interp.blocks", "interp.precision", "interp.secants", "interp.statistics", "interp.tasks", "interp.model",
-     "interp.circuits", "interp.features", "interp.factorize", "interp.neurons", "interp.steering", "interp.diagnostics",
+     "interp.circuits", "interp.features", "interp.factorize", "interp.neurons", "interp.steering", "interp.diagnostics", "interp.jobs",
      "interp.bundled", "interp.features.codes"},
     {"interp.agreement", "interp.files", "interp.metrics", "interp.backward", "interp.model.config", "interp.model.activations",
      "interp.tasks.examples", "interp.tasks.words", "interp.features.config", "interp.features.synthetic",
      "interp.features.recovery", "interp.features.activations", "interp.features.autograd", "interp.features.optimizer",
      "interp.factorize.pursuit", "interp.factorize.semi_nmf",
      "interp.factorize.starts", "interp.neurons.screen", "interp.model.sampling"},
-    {"interp.features.saelens_format", "interp.factorize.folder"},
+    {"interp.features.saelens_format", "interp.factorize.folder", "interp.factorize.solvers"},
     {"interp.features.sae"},
     {"interp.features.objective", "interp.features.heads"},
     {"interp.rules", "interp.model.nonlinearities"},
@@ -78,7 +78,9 @@ LAYERS = [
     {"interp.circuits.discovery"},
     {"interp.report", "interp.circuits.report", "interp.tables"},
     {"interp.discovery"},
-    {"interp.sae_cli", "interp.neurons_cli"},
+    {"interp.jobs.spec", "interp.jobs.store"},
+    {"interp.jobs.worker"},
+    {"interp.sae_cli", "interp.neurons_cli", "interp.app_cli"},
     {"interp.cli"},
 ]  # fmt: skip
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}

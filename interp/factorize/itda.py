@@ -358,4 +358,3 @@ def _check(x: Float[Tensor, "token d"], ids: Int[Tensor, "token 2"] | None = Non
 
 def _shuffled(n: int, seed: int) -> Int[Tensor, " row"]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-

@@ -190,18 +190,19 @@ def hals(
 
     P - Q G is computed by matrix products for some features at a time and kept up to date among them.
     """
-    diagonal = Q.diagonal().tolist()
+    diagonal = Q.diagonal()[:, None]
+    # in units of q_jj a step is p_j - G q_j itself; where that is 0 there is none
+    scale = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1), 0)
+    P, Q = P * scale, Q * scale
     for _ in range(sweeps):
         for start in range(0, len(G), _BLOCK):
-            own = slice(start, min(start + _BLOCK, len(G)))
-            left = torch.addmm(P[own], Q[own], G, alpha=-1)
-            couplings = Q[own, own]
-            for i, j in enumerate(range(own.start, own.stop)):
-                if diagonal[j] <= 0:
-                    continue
-                step = torch.maximum(left[i] / diagonal[j], -G[j])
-                G[j] += step
-                left.addr_(couplings[i], step, alpha=-1)
+            own = slice(start, start + _BLOCK)
+            left, couplings = torch.addmm(P[own], Q[own], G, alpha=-1), Q[own, own]
+            for i, g in enumerate(G[own]):
+                new = (left[i] + g).clamp_(min=0)
+                if i + 1 < len(left):  # what comes later in the block sees this step
+                    left[i + 1 :].addr_(couplings[i + 1 :, i], new - g, alpha=-1)
+                g.copy_(new)
     return G
 
 

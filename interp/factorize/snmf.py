@@ -19,7 +19,6 @@ compare with.
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 from interp.errors import OptionError, name_some, one_of
 from interp.factorize import semi_nmf as steps
 from interp.factorize.folder import load_folder, save_folder
+from interp.factorize.solvers import Data, descend, multiply
 from interp.factorize.starts import STARTS, start
 from interp.features.codes import Codes
 from interp.features.sources import Corpus, ModelSource
@@ -40,27 +40,8 @@ from interp.precision import at_least_float32
 
 FORMAT = "interp.snmf/1"
 SOLVERS = ("hals", "multiplicative")
-SEARCH, ROUNDS = 36, 3  # steps that choose supports, in rounds between which starts are dropped
-SWEEPS = 2  # of HALS in each step
-_WINDOW = 5  # polishing steps over which the loss has to fall
 _DEAD = 1e-6  # of the largest feature: what is smaller stands for nothing but rounding
-_FLOOR = 1e-6  # of starts for multiplicative updates, as a share of their largest weight
 _ENTRIES = 2**24  # of tokens x neurons that are transformed at once
-
-
-@dataclass
-class _Run:
-    """One start and how far it has come."""
-
-    G: Float[Tensor, "feature token"]
-    support: steps.Support | None = None
-    values: Float[Tensor, "feature m"] | None = None
-    loss: float = math.inf
-    n_iter: int = 0
-
-    @property
-    def components(self) -> Float[Tensor, "feature neuron"]:
-        return self.support.dense(self.values)
 
 
 class SNMF:
@@ -108,95 +89,35 @@ class SNMF:
     def fit(self, X: Float[Tensor, "token neuron"], y: None = None) -> "SNMF":
         """Factorise these activations. Raises `OptionError` for rows that are not finite, or data that are all 0."""
         X = _checked(X)
-        A, norm2 = X.T.contiguous(), float(X.square().sum(dtype=torch.float64))
+        data = Data(X.T.contiguous())
         largest, limits = float(X.abs().max()), torch.finfo(X.dtype)
         if largest == 0:
             raise OptionError(f"there is nothing to factorise in activations of shape {tuple(X.shape)}: all are 0")
-        if not (limits.tiny < largest**2 and norm2 < limits.max):
+        if not (limits.tiny < largest**2 and data.norm2 < limits.max):
             raise OptionError(f"activations of up to {largest:g} have no square in {X.dtype}: scale them")
-        m = max(1, math.ceil(self.share * len(A)))
-        solve = self._hals if self.solver == "hals" else self._multiplicative
-        runs, converged, history = solve(A, norm2, m)
-        best = min(runs, key=lambda run: run.loss)
-        lengths = steps.unit_rows(best.G)
-        components = best.components * lengths
-        order = components.norm(dim=1).argsort(descending=True, stable=True)
+        m = max(1, math.ceil(self.share * X.shape[1]))
+        options = {"n_init": self.n_init, "max_iter": self.max_iter, "tol": self.tol, "progress": self.progress}
+        if self.solver == "hals":
+            found = descend(data, m, self._start, seed=self.seed, **options)
+        else:
+            found = multiply(data, m, self._start, patience=self.patience, **options)
+        best = found.best
+        components = best.components * steps.unit_rows(best.G)
+        sizes = components.norm(dim=1)
+        order = sizes.argsort(descending=True, stable=True)
         self.components_, self.weights_ = components[order], best.G[order].T
-        self.losses_ = [run.loss / norm2 for run in runs]
-        self.relative_loss_, self.reconstruction_err_ = best.loss / norm2, math.sqrt(max(best.loss, 0.0))
-        self.history_, self.n_iter_ = [value / norm2 for value in history], len(history)
-        self.stability_ = _stability(self.components_, [run.components for run in converged if run is not best])
+        self.losses_, self.history_, self.n_iter_ = found.losses, found.history, len(found.history)
+        self.relative_loss_, self.reconstruction_err_ = best.loss, math.sqrt(best.loss * data.norm2)
+        self.stability_ = _stability(self.components_, [run.components for run in found.others])
         self.source_ = {}
-        sizes = self.components_.norm(dim=1)
         if dead := int((sizes <= _DEAD * sizes.max()).sum()):
             warnings.warn(f"{dead} of {self.n_features} features are 0: the data have no use for so many", stacklevel=2)
         return self
 
-    def _start(self, A: Tensor, index: int) -> Float[Tensor, "feature token"]:
+    def _start(self, A: Float[Tensor, "neuron token"], index: int) -> Float[Tensor, "feature token"]:
         kind = self.init if self.init != "auto" else ("svd", "kmeans", "random")[index and 2 - index % 2]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return start(kind, A, self.n_features, generator)
-
-    def _hals(self, A: Tensor, norm2: float, m: int) -> tuple[list[_Run], list[_Run], list[float]]:
-        runs = [_Run(self._start(A, i)) for i in range(self.n_init)]
-        best, histories = list(runs), [[] for _ in runs]  # of each start: its best state, as choosing supports may raise the loss
-        with tqdm(desc="snmf", unit="step", disable=not self.progress) as bar:
-
-            def advance(i: int, run: _Run, support: steps.Support | None) -> None:
-                _step(A, norm2, m, run, support)
-                histories[i].append(run.loss)
-                bar.set_postfix_str(f"loss {run.loss / norm2:.4f}", refresh=False)
-                bar.update()
-
-            alive = compared = list(range(len(runs)))
-            for stage in range(ROUNDS):
-                for i in alive:
-                    for _ in range(SEARCH // ROUNDS):
-                        advance(i, runs[i], None)
-                        if runs[i].loss < best[i].loss or best[i] is runs[i]:
-                            best[i] = replace(runs[i], G=runs[i].G.clone())
-                if stage < ROUNDS - 1:
-                    order = sorted(alive, key=lambda i: best[i].loss)
-                    alive = order[: max(1, len(alive) // 2)]
-                    compared = order[: max(2, len(alive))] if stage == 0 else compared
-            first = min(range(len(best)), key=lambda i: best[i].loss)
-            polished, own = best[first], histories[first]
-            begun, least = len(own), max(self.tol, 8 * torch.finfo(A.dtype).eps)
-            for _ in range(self.max_iter):
-                advance(first, polished, polished.support)
-                if len(own) > begun + _WINDOW and own[-1 - _WINDOW] - own[-1] <= least * own[-1]:
-                    break
-        return best, [best[i] for i in compared], own
-
-    def _multiplicative(self, A: Tensor, norm2: float, m: int) -> tuple[list[_Run], list[_Run], list[float]]:
-        """The published loop: unrestricted least squares, the m largest kept, Ding's update; the best state seen is taken."""
-        found, histories = [], []
-        for i in range(self.n_init):
-            G = self._start(A, i)
-            run, best, history, since = _Run(G.clamp_min(_FLOOR * float(G.max()))), None, [], 0
-            for _ in tqdm(range(self.max_iter), desc="snmf", unit="update", disable=not self.progress):
-                steps.unit_rows(run.G)
-                right = run.G @ A.T
-                F = steps.solve(steps.gram(run.G), right)
-                run.support = steps.strongest(F, m)
-                run.values = F.gather(1, run.support.neurons)
-                P, Q = _products(A, run)
-                # eps belongs to the data's unit: relative, it leaves c A the same factors but for c
-                run.G = steps.multiply(P, Q, run.G, 1e-6 * float(Q.diagonal().mean()))
-                run.n_iter += 1
-                run.loss = steps.loss(norm2, P, Q, run.G, steps.gram(run.G))
-                history.append(run.loss)
-                if best is None or run.loss < best.loss * (1 - self.tol):
-                    since = 0
-                if best is None or run.loss < best.loss:
-                    best = _Run(run.G.clone(), run.support, run.values, run.loss, run.n_iter)
-                since += 1
-                if since > self.patience:
-                    break
-            found.append(best)
-            histories.append(history)
-        first = min(range(len(found)), key=lambda i: found[i].loss)
-        return found, found, histories[first]
 
     # ---------------------------------------------------------------------------------------------------------- using
 
@@ -289,26 +210,6 @@ def fit_snmf(
     snmf.fit(torch.cat(parts))
     snmf.source_ = {"model": config_of(model).name, "hook": hook, "text": corpus.name, "n_tokens": len(snmf.weights_)}
     return snmf
-
-
-def _step(A: Tensor, norm2: float, m: int, run: _Run, support: steps.Support | None) -> None:
-    """One iteration: a support (chosen anew where none is given), F by least squares on it, G by coordinate descent."""
-    steps.unit_rows(run.G)
-    GG = steps.gram(run.G)
-    if support is None:
-        right = run.G @ A.T
-        support = steps.strongest(steps.solve(GG, right), m)
-        AG = right.gather(1, support.neurons)
-    else:
-        AG = steps.correlate(A, run.G, support)
-    run.support, run.values = support, steps.refit(AG, GG, support)
-    P, Q = _products(A, run)
-    steps.hals(P, Q, run.G, SWEEPS)
-    run.loss, run.n_iter = steps.loss(norm2, P, Q, run.G, steps.gram(run.G)), run.n_iter + 1
-
-
-def _products(A: Tensor, run: _Run) -> tuple[Float[Tensor, "feature token"], Float[Tensor, "feature feature"]]:
-    return steps.project(A, run.support, run.values), steps.gram(run.components)
 
 
 def _stability(H: Float[Tensor, "feature neuron"], others: list[Tensor]) -> Float[Tensor, " feature"]:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from interp.errors import OptionError, SiteError
 from interp.factorize import snmf as module
-from interp.factorize.snmf import SEARCH, SNMF, fit_snmf
+from interp.factorize import solvers
+from interp.factorize.snmf import SNMF, fit_snmf
+from interp.factorize.solvers import SEARCH
 from interp.features.sources import Corpus
 from interp.model.run import record
 from tests.small_pairs import refused
@@ -187,12 +189,12 @@ def test_it_beats_the_published_algorithm_in_a_tenth_of_its_steps(seed):
 # ----------------------------------------------------------------------------------------------- what may not matter
 
 
-def advance(A: Tensor, G: Tensor, share: float, n: int = 5) -> module._Run:
+def advance(A: Tensor, G: Tensor, share: float, n: int = 5) -> solvers.Run:
     """A few steps that choose supports and a few that keep them, from these weights."""
-    run = module._Run(G.clone())
+    run = solvers.Run(G.clone())
     for step in range(2 * n):
         m = math.ceil(share * len(A))
-        module._step(A, float(A.square().sum()), m, run, None if step < n else run.support)
+        solvers._step(solvers.Data(A), m, run, None if step < n else run.support)
     return run
 
 
@@ -245,7 +247,7 @@ def test_the_unit_of_the_data_is_the_unit_of_the_components(solver, init, scale)
 
 @SOLVERS
 def test_a_seed_is_a_result_and_threads_are_not_part_of_it(solver, monkeypatch):
-    monkeypatch.setattr(module, "SEARCH", 9)  # threads that wait for each other on a busy machine are slow
+    monkeypatch.setattr(solvers, "SEARCH", 9)  # threads that wait for each other on a busy machine are slow
     X = planted(0, 0.05, d=300, n=200)[0]
     fit = lambda seed: SNMF(10, share=12 / 300, solver=solver, n_init=2, max_iter=4, seed=seed).fit(X)  # noqa: E731
     one, again, other = fit(0), fit(0), fit(1)
