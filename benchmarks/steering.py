@@ -30,7 +30,6 @@ from interp import (
     concept_detection,
     decode_neurons,
     diff_means,
-    direction_effects,
     find_neurons,
     fit_snmf,
     load_model,
@@ -39,6 +38,7 @@ from interp import (
     steering_scores,
     steering_strength,
     text_activations,
+    token_effects,
 )  # fmt: skip
 from interp.files import write_atomically
 from interp.neurons.clamp import signs_of
@@ -119,10 +119,8 @@ def chosen(model, snmf, detected: pd.DataFrame, tokens: list[int]) -> int:
     Writing: the mean effect on the logits of the concept's tokens, in standard deviations over the vocabulary.
     """
     best = detected.sort_values("s_cd").index[-10:].to_list()
-    effects = direction_effects(model, snmf.hook, snmf.components_[best], k=model.cfg.d_vocab)
-    effects = effects[effects["side"] == "top"].pivot(index="direction", columns="token_id", values="value")
-    z = effects.div(effects.std(axis=1), axis=0)[tokens].mean(axis=1)
-    return best[int(z.to_numpy().argmax())]
+    effects = token_effects(model, snmf.hook, snmf.components_[best], range(model.cfg.d_vocab))
+    return best[int((effects[:, tokens].mean(1) / effects.std(1)).argmax())]
 
 
 def steering_check(model, o: Options) -> pd.DataFrame:

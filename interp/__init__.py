@@ -70,6 +70,7 @@ _HOME = {
     "neuron_overlap": "interp.factorize.concepts",
     "core_neurons": "interp.factorize.concepts",
     "direction_effects": "interp.features.effects",
+    "token_effects": "interp.features.effects",
     "Change": "interp.steering.changes",
     "steer": "interp.steering.changes",
     "Vector": "interp.steering.vectors",

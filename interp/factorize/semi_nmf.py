@@ -31,6 +31,8 @@ from interp_kernels import sparse_decode, sparse_dots
 
 SPARSE_BELOW = 1 / 8  # of all neurons in a feature: then products with F gather rows instead of multiplying by zeros
 _BLOCK = 16  # features that `hals` goes through between two matrix products
+_NNLS_SWEEPS, _PIVOTS, _NNLS_ROUNDS = 10, 5, 40  # sweeps, then changes of what is active; rounds of both at most
+_NUMBERS = 2**22  # of tokens' systems of equations that are held at once
 _TINY = 1e-30  # of unit columns: below it is 0, before arithmetic on subnormal numbers makes every step slower
 
 
@@ -206,22 +208,52 @@ def hals(
     return G
 
 
-def nnls(
-    P: Float[Tensor, "feature token"], Q: Float[Tensor, "feature feature"], *, tol: float | None = None, max_iter: int = 1000
-) -> Float[Tensor, "feature token"]:  # fmt: skip
-    """Non-negative least squares min |A - F G^T|^2 over G >= 0 for a fixed F, by sweeps of `hals` until it stands still.
+def nnls(P: Float[Tensor, "feature token"], Q: Float[Tensor, "feature feature"]) -> Float[Tensor, "feature token"]:
+    """Non-negative least squares min |A - F G^T|^2 over G >= 0 for a fixed F, token by token, to rounding.
 
-    tol: largest change of an entry in a sweep, as a share of the largest entry (default: 8 ulp).
+    A few sweeps of `hals` guess which features are active on a token. Least squares on those is the optimum if it is not negative
+    and no other feature's gradient p - q g is positive; else those that offend change sides, some times (block principal
+    pivoting), and then tokens that are still not there are swept further.
     """
-    scale = Q.diagonal().clamp_min(torch.finfo(Q.dtype).tiny)[:, None]
-    G = (P / scale).clamp_min(0).where(Q.diagonal()[:, None] > 0, 0)
-    limit = 8 * torch.finfo(G.dtype).eps if tol is None else tol
-    for _ in range(max_iter):
-        before = G.clone()
-        hals(P, Q, G, 1)
-        if (G - before).abs().max() <= limit * G.max():
-            break
-    return G
+    diagonal = Q.diagonal()[:, None]
+    size = torch.where(diagonal > 0, diagonal, 1).sqrt()
+    P, Q = P / size, Q / (size * size.T)  # features of length 1
+    G = torch.where(diagonal > 0, P, 0).clamp_min(0)
+    left = torch.arange(G.shape[1], device=G.device)
+    for _ in range(_NNLS_ROUNDS):
+        G[:, left] = hals(P[:, left], Q, G[:, left], _NNLS_SWEEPS)
+        active = G > 0
+        for _ in range(_PIVOTS):
+            if not len(left):
+                return G / size
+            exact, done, active[:, left] = _on_active(P[:, left], Q, active[:, left])
+            G[:, left[done]] = exact[:, done]
+            left = left[~done]
+    return G / size
+
+
+def _on_active(
+    P: Float[Tensor, "feature token"], Q: Float[Tensor, "feature feature"], active: Bool[Tensor, "feature token"]
+) -> tuple[Float[Tensor, "feature token"], Bool[Tensor, " token"], Bool[Tensor, "feature token"]]:
+    """Least squares on each token's active features, whether that is the optimum of all, and what to try next if not."""
+    found, done = torch.zeros_like(P), torch.zeros(P.shape[1], dtype=torch.bool, device=P.device)
+    width = max(int(active.sum(0).max()), 1)
+    eye = torch.eye(width, dtype=Q.dtype, device=Q.device)
+    following = torch.empty_like(active)
+    for part in torch.arange(P.shape[1], device=P.device).split(max(1, _NUMBERS // width**2)):
+        on, p = active[:, part], P[:, part]
+        # the active features of each token first, in their order, and as many others as fill up
+        feature = on.T.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        there = on.T.gather(1, feature)
+        M = torch.where(there[:, :, None] & there[:, None, :], Q[feature[:, :, None], feature[:, None, :]], eye)
+        right = torch.where(there, p.T.gather(1, feature), 0)[:, :, None]
+        x = solve(M, right)
+        x = x + solve(M, right - M @ x)  # what the ridge took
+        g = torch.zeros_like(p).scatter_(0, feature.T, torch.where(there, x[:, :, 0], 0).T)
+        slack, slope = 64 * torch.finfo(p.dtype).eps * p.abs().amax(0), p - Q @ g
+        done[part] = (g >= -slack).all(0) & ((slope <= slack) | on).all(0)
+        found[:, part], following[:, part] = g.clamp_min(0), (g > 0) | (~on & (slope > slack))
+    return found, done, following
 
 
 def multiply(

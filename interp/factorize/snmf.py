@@ -111,7 +111,7 @@ class SNMF:
         self.stability_ = _stability(self.components_, [run.components for run in found.others])
         self.source_ = {}
         if dead := int((sizes <= _DEAD * sizes.max()).sum()):
-            warnings.warn(f"{dead} of {self.n_features} features are 0: the data have no use for so many", stacklevel=2)
+            warnings.warn(f"{dead} of {self.n_features} features are 0: the data have no use for so many", stacklevel=3)
         return self
 
     def _start(self, A: Float[Tensor, "neuron token"], index: int) -> Float[Tensor, "feature token"]:

@@ -27,7 +27,7 @@ SEARCH, ROUNDS, SWEEPS = (
     3,
     2,
 )  # steps that choose supports, in rounds between which starts are dropped; sweeps of each
-SEARCH_TOKENS = 4096  # that all rounds but the last see
+SEARCH_TOKENS = 2**14  # that all rounds but the last see: fewer have been seen to lose rare features
 _EXTENDING = 4  # sweeps that find the weights of tokens not seen so far
 _WINDOW = 5  # polishing steps over which the loss has to fall
 _FLOOR = 1e-6  # of the largest entry of a start for multiplicative updates, which cannot leave 0

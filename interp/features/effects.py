@@ -76,16 +76,37 @@ def direction_effects(
     Raises `SiteError` where the hook's way to the stream is not known, or directions are not as wide as the hook.
     """
     _check(model, "direction_effects", k)
+    written = _follow(model, hook, directions)
+    return _table(model, "direction", list(range(len(directions))), written, k)
+
+
+@torch.no_grad()
+def token_effects(
+    model: Transformer, hook: str | None, directions: Float[Tensor, "direction d"], tokens: Sequence[int]
+) -> Float[Tensor, "direction token"]:
+    """The direct effect of each direction on the logits of these tokens, in units of `direction_effects`' values.
+
+    Raises `SiteError` as `direction_effects` does, `OptionError` for a token that there is not.
+    """
+    _check(model, "token_effects", 1)
+    if wrong := [token for token in tokens if not 0 <= token < model.W_U.shape[1]]:
+        raise OptionError(f"{model.cfg.name} has tokens 0 to {model.W_U.shape[1] - 1}, not {wrong[0]}")
+    follow = _follow(model, hook, directions)
+    chosen = torch.tensor(list(tokens), dtype=torch.int64, device=model.device)
+    parts = torch.arange(len(directions)).split(max(1, _ENTRIES // model.W_U.shape[1]))
+    return torch.cat([_effects(model, follow(part))[:, chosen] for part in parts])
+
+
+def _follow(
+    model: Transformer, hook: str | None, directions: Float[Tensor, "direction d"]
+) -> Callable[[Tensor], Tensor]:
+    """What some of the directions write into the stream."""
     if hook is None:
         raise SiteError("these directions belong to no hook, so what they write is not known")
-    follow, width = _way(model, hook)
+    way, width = _way(model, hook)
     if directions.shape[1] != width:
         raise SiteError(f"the directions have {directions.shape[1]} channels, and {hook} has {width}")
-
-    def written(part: Tensor) -> Tensor:
-        return follow(at_least_float32(directions[part.to(directions.device)]).to(model.device))
-
-    return _table(model, "direction", list(range(len(directions))), written, k)
+    return lambda part: way(at_least_float32(directions[part.to(directions.device)]).to(model.device))
 
 
 def _check(model: Transformer, what: str, k: int) -> None:

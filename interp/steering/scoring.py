@@ -28,7 +28,8 @@ def steering_scores(generations: pd.DataFrame, *, judge: Callable[[str], float |
     """Concept, fluency and their harmonic mean for every continuation of `side_by_side(..., concept_tokens=...)`.
 
     judge: a score of your own for a text, in whatever unit; None or NaN is a missing answer and stays NaN, never 0.
-    Columns: name, sample, text, concept (probability), perplexity (1 or more), fluency, final, and judge where one is given.
+    Columns: name, sample, text, concept (probability), perplexity (1 or more), fluency, final, distinct (share of the tokens that
+    differ: repetition is likely, so fluency does not see it), and judge where one is given.
     Raises `OptionError` if the table has no concept or no unsteered continuation.
     """
     if "concept" not in generations:
@@ -44,6 +45,8 @@ def steering_scores(generations: pd.DataFrame, *, judge: Callable[[str], float |
     scores = generations[["name", "sample", "text"]].copy()
     scores["concept"], scores["perplexity"], scores["fluency"] = concept, perplexity, fluency
     scores["final"] = [harmonic_mean(c, f) for c, f in zip(concept, fluency, strict=True)]
+    if "ids" in generations:
+        scores["distinct"] = [len(set(ids)) / len(ids) for ids in generations["ids"]]
     if judge is not None:
         answers = [judge(text) for text in generations["text"]]
         scores["judge"] = np.array([math.nan if answer is None else float(answer) for answer in answers])

@@ -8,7 +8,7 @@ import torch
 
 from interp.errors import OptionError, SiteError, UnsupportedModel
 from interp.features.config import SAEConfig
-from interp.features.effects import direction_effects, logit_effects
+from interp.features.effects import direction_effects, logit_effects, token_effects
 from interp.features.sae import SAE
 from interp.model.run import record
 from interp.model.tokens import token_strings
@@ -208,3 +208,16 @@ def test_refusals(mini_gpt2):
         logit_effects(mini_gpt2, random_sae(64, "blocks.1.hook_resid_post"))
     with refused(UnsupportedModel, "load the model with load_model"):
         logit_effects(torch.nn.Linear(2, 2), sae)
+
+
+def test_effects_on_some_tokens_are_those_of_the_table(tiny):
+    model = tiny("gpt2", torch.float32)
+    directions = torch.randn(3, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    hook, tokens = "blocks.0.hook_resid_post", [5, 2, 40]
+    table = direction_effects(model, hook, directions, k=model.cfg.d_vocab)
+    wide = table[table["side"] == "top"].pivot(index="direction", columns="token_id", values="value")[tokens]
+    torch.testing.assert_close(token_effects(model, hook, directions, tokens), torch.tensor(wide.to_numpy()))
+    with pytest.raises(OptionError, match=f"not {model.cfg.d_vocab}"):
+        token_effects(model, hook, directions, [model.cfg.d_vocab])
+    with pytest.raises(SiteError, match="belong to no hook"):
+        token_effects(model, None, directions, tokens)

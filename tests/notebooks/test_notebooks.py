@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.p
 
 
 def test_there_are_notebooks():
-    assert {"rules_compared.py"} <= {path.name for path in NOTEBOOKS}
+    assert {"rules_compared.py", "snmf_weekdays.py", "neurons.py"} <= {path.name for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
