@@ -8,6 +8,7 @@
     interp edges --task capitals --n 8                every edge of the model's graph
     interp sae train / eval / show                    sparse autoencoders (interp.sae_cli)
     interp neurons decode / find / clamp              neurons' weights as tokens (interp.neurons_cli)
+    interp app                                        the dashboard, in the browser (interp.app_cli)
     interp models / interp tasks / interp rules       what there is
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from interp.app_cli import App
 from interp.neurons_cli import NeuronCommands
 from interp.sae_cli import SAECommands
 
@@ -365,6 +367,7 @@ Command = (
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[SAECommands, tyro.conf.subcommand("sae")]
     | Annotated[NeuronCommands, tyro.conf.subcommand("neurons")]
+    | Annotated[App, tyro.conf.subcommand("app")]
 )
 
 

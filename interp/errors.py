@@ -47,6 +47,7 @@ def one_of(value: str, allowed, what: str, error: type[InterpError] = OptionErro
     allowed = list(allowed)
     if value in allowed:
         return value
+    allowed = [str(one) for one in allowed]
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise error(f"{value!r} is not a {what} (choose from {', '.join(allowed)}){hint}")
