@@ -49,7 +49,7 @@ class SNMF:
 
     n_features: k. share: of all neurons that a feature may use, at least one; 1 is plain semi-NMF. solver: "hals" (ours) or
     "multiplicative" (published). init: "svd", "random", "kmeans", or "auto": the SVD once, then k-means and random in turns.
-    n_init: starts (default 8; 1 for multiplicative). max_iter: polishing steps at most (default 100), or multiplicative updates
+    n_init: starts (default 8; 1 for multiplicative). max_iter: polishing steps at most (default 60), or multiplicative updates
     (default 2,000). tol: stop when the loss falls by less than this share of it, within 5 steps (hals) or since `patience`
     updates (multiplicative). seed: of all starts.
 
@@ -78,7 +78,7 @@ class SNMF:
             raise OptionError("multiplicative updates need a max_iter of at least 1, not 0")
         self.n_features, self.share, self.solver, self.init = n_features, share, solver, init
         self.n_init = n_init or {"hals": 8, "multiplicative": 1}[solver]
-        self.max_iter = {"hals": 100, "multiplicative": 2000}[solver] if max_iter is None else max_iter
+        self.max_iter = {"hals": 60, "multiplicative": 2000}[solver] if max_iter is None else max_iter
         self.tol, self.patience, self.seed, self.progress = tol, patience, seed, progress
         self.components_: Tensor | None = None
         self.source_: dict[str, Any] = {}

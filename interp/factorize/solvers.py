@@ -1,8 +1,8 @@
 """Two ways to fit a semi-NMF, from starts to the best state: ours, and the published one to compare with.
 
 `descend` (ours) takes every start through some iterations that choose supports anew (search): least squares on the support, two
-sweeps of coordinate descent. Two thirds of them see a sample of the tokens only, and after each third the worse half of the
-starts is dropped. What is left is polished on all tokens with its support fixed, where no step can raise the loss. Choosing
+sweeps of coordinate descent. The first third of them sees a sample of the tokens only, and after each third the worse half of
+the starts is dropped. What is left is polished on all tokens with its support fixed, where no step can raise the loss. Choosing
 supports can, so the best state of each start is kept.
 
 `multiply` is the loop of 2506.10920: unrestricted least squares, the m largest of each feature, one multiplicative update.
@@ -27,7 +27,7 @@ SEARCH, ROUNDS, SWEEPS = (
     3,
     2,
 )  # steps that choose supports, in rounds between which starts are dropped; sweeps of each
-SEARCH_TOKENS = 2**14  # that all rounds but the last see: fewer have been seen to lose rare features
+SEARCH_TOKENS = 4096  # that the first round sees; later ones have to see rare features too
 _EXTENDING = 4  # sweeps that find the weights of tokens not seen so far
 _WINDOW = 5  # polishing steps over which the loss has to fall
 _FLOOR = 1e-6  # of the largest entry of a start for multiplicative updates, which cannot leave 0
@@ -101,9 +101,9 @@ def descend(
 
         for stage in range(ROUNDS):
             last = stage == ROUNDS - 1
-            data = whole if last else few
+            data = few if stage == 0 else whole
             for i in alive:
-                if last and few is not whole:
+                if stage == 1 and few is not whole:
                     runs[i] = best[i] = Run(_extended(whole, best[i]))
                 for _ in range(SEARCH // ROUNDS):
                     advance(data, i, runs[i])
