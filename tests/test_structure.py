@@ -26,7 +26,8 @@ SCRIPTS = sorted((ROOT / "data").glob("*.py"))
 LAYERS = [
     {"interp"},  # names only; it imports nothing until asked
     {"interp.errors", "interp.blocks", "interp.precision", "interp.secants", "interp.statistics", "interp.tasks", "interp.model",
-     "interp.circuits", "interp.features", "interp.factorize", "interp.neurons", "interp.steering", "interp.diagnostics", "interp.jobs",
+     "interp.circuits", "interp.features", "interp.factorize", "interp.neurons", "interp.steering", "interp.diagnostics",
+     "interp.jobs",
      "interp.bundled", "interp.features.codes"},
     {"interp.agreement", "interp.files", "interp.metrics", "interp.backward", "interp.model.config", "interp.model.activations",
      "interp.tasks.examples", "interp.tasks.words", "interp.features.config", "interp.features.synthetic",
