@@ -11,6 +11,7 @@ import streamlit as st
 import xarray as xr
 
 from app.behaviour import OWN, Behaviour
+from app.compute import cached
 from app.locked import allowed
 from interp.errors import InterpError, OptionError, TaskError
 from interp.jobs import worker
@@ -70,7 +71,7 @@ def result(id: str) -> xr.DataArray | xr.Dataset:
     return _result(str(runs().path(id).resolve()), run.finished) if run.status == "done" else runs().result(id)
 
 
-@compute.cached
+@cached
 def _result(folder: str, finished: str) -> xr.DataArray | xr.Dataset:
     parent, id = os.path.split(folder)
     return Runs(parent).result(id)

@@ -8,7 +8,6 @@ from app.cards import (
     context_table,
     effect_tables,
     latent_of,
-    plain,
     prompt_choice,
     steer_button,
     token_bars,
@@ -18,6 +17,7 @@ from app.compute import attempt
 from app.selection import select, selection
 from app.sidebar import behaviour, current_model
 from app.steered import SNMF, Recipe
+from app.texts import plain
 from interp.errors import InterpError
 from interp.features.zf import zf_plot
 
