@@ -188,9 +188,12 @@ def test_a_running_job_is_watched_and_cancelled(visit, folder):
     job = Job("patch", "mini-gpt2", task="ioi", n=2000, options={"sites": "head"}, block=1)
     runs = Runs(folder / "interp-runs")
     worker.submit(job, runs)
-    page = visit(f"runs?run_id={job.id}")
-    page.get_by_role("button", name="Cancel").click()
-    page.wait_for_selector("text=It was cancelled")
+    try:
+        page = visit(f"runs?run_id={job.id}")
+        page.get_by_role("button", name="Cancel").click()
+        page.wait_for_selector("text=It was cancelled")
+    finally:
+        runs.cancel(job.id)  # whatever the page did, no worker outlives the test
     run = runs.get(job.id)
     assert run.status == "cancelled"
     assert not run.active
