@@ -16,7 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The models here are so small that threads cost more than they give, and other jobs may share the machine.
+# The models here are so small that threads cost more than they give, and other jobs may share the machine. Processes that
+# tests start compute alike: sums by several threads are rounded otherwise.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent

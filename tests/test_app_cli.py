@@ -96,7 +96,9 @@ def test_it_starts_answers_and_ends_with_its_server(name):
     pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "interp.cli", "app", "--port", str(port), "--no-browser"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "interp.cli", "app", "--port", str(port), "--no-browser"], stdout=subprocess.PIPE, text=True,
+        # a test run in the background ignores Ctrl-C, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         assert process.stdout.readline() == f"interp: dashboard at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
