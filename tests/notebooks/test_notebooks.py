@@ -11,7 +11,9 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.p
 
 
 def test_there_are_notebooks():
-    assert {"rules_compared.py", "snmf_weekdays.py", "neurons.py"} <= {path.name for path in NOTEBOOKS}
+    told = {"start_here", "ioi_from_scratch", "patching_best_practices", "rules_compared", "circuits_and_stability",
+            "saes_and_feature_circuits", "snmf_weekdays", "neurons", "batch_runs"}  # fmt: skip
+    assert told == {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
