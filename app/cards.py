@@ -49,7 +49,7 @@ def token_bars(tokens: Sequence[str], values: np.ndarray, *, unit: str) -> dict[
         "xAxis": {"type": "category", "data": labels, "name": "position and token", "nameLocation": "middle", "nameGap": 72,
                   "axisLabel": {"rotate": 60, "interval": 0 if len(labels) <= 48 else "auto", "fontSize": 10}},
         "yAxis": {"type": "value", "name": unit, "nameTextStyle": {"align": "left"}},
-        "series": [{"type": "bar", "data": data}], "aria": {"enabled": True},
+        "series": [{"type": "bar", "data": data}], "animation": False, "aria": {"enabled": True},
     }  # fmt: skip
 
 

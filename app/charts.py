@@ -18,7 +18,8 @@ _AXES = {"position": "position and token", "layer": "layer", "head": "head", "kv
          "source": "key position and token"}  # fmt: skip
 _SHARES = ["#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b"]  # 0 to 1, one hue: readable without colour vision
 _COLOURS = [colour for _, colour in SCALE]
-MARKS = {"selected": "#ff9500", "pinned": "#1a7f37"}
+# far from every colour of the scale, and from each other, for any eyes
+MARKS = {"selected": "#ff9500", "pinned": "#9b00ff"}
 MAX_SMALL = 20_000  # cells of all small maps together: beyond, a browser becomes slow
 _AS_GIVEN = {"outerBoundsMode": "none"}  # by default ECharts shrinks the map once more for the axis names
 _LABELS = 30  # beyond so many labels along an axis, ECharts leaves some out
@@ -48,7 +49,8 @@ def heatmap(
     """A two-dimensional map: diverging about 0, layer 0 at the bottom, absent cells left grey, unit by the colour bar.
 
     limit: the colour range is +-limit (default: the largest size in the map).
-    subtitle: what the colours say (default: metric, difference and sign, as the figures' colour bars have it).
+    subtitle: what the colours say (default: metric, difference and sign, as the figures' colour bars have it; of two maps, whose
+        array says "difference" in its attributes, which is subtracted from which).
     labels: [row, column] texts such as tokens: in full under the pointer, and in the cells of maps up to `LABELLED` columns.
     marks: (row, column) of cells to frame, with which of `MARKS` they are.
     """
@@ -89,7 +91,7 @@ def heatmap(
         if (y, x) in set(order)
     ]  # fmt: skip
     if subtitle is None:
-        subtitle = colour_title(array.attrs)
+        subtitle = _says(array.attrs)
     return {
         "title": {"text": title, "subtext": subtitle, "textStyle": {"fontSize": 14}, "itemGap": 7, "padding": [2, 0]},
         "tooltip": {"formatter": "{b}", "confine": True},
@@ -145,20 +147,24 @@ def attention_grid(patterns: np.ndarray, tokens: Sequence[str], *, columns: int 
     grids, titles = [], []
     for head in range(heads):
         y, x = divmod(head, columns)
-        left, top = 1 + x * 89 / columns, 100 * y / rows
-        grids.append({"left": f"{left:.2f}%", "top": f"{top + 10 / rows:.2f}%", "width": f"{89 / columns - 2:.2f}%",
+        left, top = 3 + x * 87 / columns, 100 * y / rows
+        grids.append({"left": f"{left:.2f}%", "top": f"{top + 10 / rows:.2f}%", "width": f"{87 / columns - 2:.2f}%",
                       "height": f"{82 / rows:.2f}%", "show": True, "borderColor": "#888888",
                       **_AS_GIVEN})  # fmt: skip
         titles.append({"text": f"head {head}", "left": f"{left:.2f}%", "top": f"{top:.2f}%",
                        "textStyle": {"fontSize": 12}, "padding": 2})  # fmt: skip
     plain = {"type": "category", "data": names, "axisLabel": {"show": False}, "axisTick": {"show": False},
              "axisLine": {"show": False}}  # fmt: skip
+    named = {"nameLocation": "middle", "nameGap": 4, "nameTextStyle": {"fontSize": 10}}
     return {
         "title": titles,
         "tooltip": {"formatter": "{b}", "confine": True},
         "grid": grids,
-        "xAxis": [plain | {"gridIndex": i} for i in range(heads)],
-        "yAxis": [plain | {"gridIndex": i, "inverse": True} for i in range(heads)],
+        # named at the left and below, where there is room; every map has the same axes
+        "xAxis": [plain | {"gridIndex": i} | (named | {"name": "key position →"} if i + columns >= heads else {})
+                  for i in range(heads)],
+        "yAxis": [plain | {"gridIndex": i, "inverse": True} | (named | {"name": "query position →"} if i % columns == 0 else {})
+                  for i in range(heads)],
         "visualMap": _share_bar(1.0, list(range(heads))),
         "series": [
             _pattern_series(patterns[i], names, prefix=f"head {i}, ") | {"xAxisIndex": i, "yAxisIndex": i} for i in range(heads)
@@ -205,6 +211,14 @@ def _ground(share: float) -> str:
     ends = [np.array([int(_COLOURS[i][j : j + 2], 16) for j in (1, 3, 5)]) for i in (low, low + 1)]
     red, green, blue = (int(v) for v in ends[0] + (ends[1] - ends[0]) * (at - low))
     return f"background:rgb({red},{green},{blue});color:{'#ffffff' if abs(share) > 0.6 else INK};"
+
+
+def _says(attrs: Mapping[str, Any]) -> str:
+    """What the colours mean. The direction of a patch says nothing of two maps' difference."""
+    if "difference" not in attrs:
+        return colour_title(dict(attrs))
+    unit = f" ({attrs['unit']})" if attrs.get("unit") else ""
+    return f"{attrs.get('metric', 'effect')}{unit}, {attrs['difference']}, blue = above 0"
 
 
 def _axis(dim, labels: list[str], *, gap: int, slanted: bool = False) -> dict[str, Any]:

@@ -48,7 +48,7 @@ GROUP_COLOURS = (
 )  # Okabe and Ito's, without what is near SELECTED
 SELECTED = "#ff9500"
 LIGHT, DARK = (RAISES, LOWERS), (SCALE[3][1], SCALE[1][1])  # raises, lowers
-_FILLS = {"head": "#dce8f5", "mlp": "#e3edd8", "input": "#fff1c2", "logits": "#fff1c2"}
+_FILLS = {"head": "#dce8f5", "mlp": "#f6d5cf", "input": "#fff1c2", "logits": "#fff1c2"}
 _COLUMN, _TALL = 52.0, 1.05  # units from head to head; height over width, near that of the panel
 _CURVES = {"q": 0.12, "k": 0.04, "v": -0.12}  # a head's three readers are one node here: their edges part sideways
 _BUSY = 1_500  # edges from which arrows and fading at the pointer are left out
@@ -267,7 +267,7 @@ def graph_spec(
         )  # fmt: skip
     every = max(1, graph.n_layers // 16)
     for layer in range(0, graph.n_layers, every):
-        label = {"show": True, "formatter": f"layer {layer}", "position": "left", "color": "#8c959f", "fontSize": 10}
+        label = {"show": True, "formatter": f"layer {layer}", "position": "left", "color": "#737a82", "fontSize": 10}
         beside = {"x": -0.75 * _COLUMN, "y": at[f"a{layer}.h0"][1]}
         data.append({"name": f"layer {layer}", **beside, "symbolSize": 0, "label": label})
     links, edges = _links(circuit, at, {name: i for i, name in enumerate(names)}, DARK if dark else LIGHT)

@@ -1,7 +1,7 @@
 """What the pages Features and Neurons show: dictionaries of latents, neurons as tokens, contexts, clamps; each computed once.
 
 A dictionary is named by a plain text: a bundled SAE ("mini-gpt2/resid_post2"), a folder with an SAE below those that the
-dashboard was started with, or "snmf/2": semi-NMF of layer 2's neurons, fitted here on a little bundled text.
+dashboard was started with, an upload (`app.uploads`), or "snmf/2": semi-NMF of layer 2's neurons, fitted here on a little text.
 
 Order of locks: what is cached is asked for before the model's lock is taken, never while it is held. Streamlit lets one session
 compute a value while others wait for it: one that held the model and waited for a value that waits for the model would never end.
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from app import uploads
 from app.behaviour import Behaviour
 from app.charts import visible
 from app.compute import cached
@@ -61,13 +62,22 @@ def sources(model: str) -> list[str]:
     return [*own, *dict.fromkeys(local), *(f"{SNMF}{layer}" for layer in range(locked_model(model).cfg.n_layers))]
 
 
+def offered(model: str) -> list[str]:
+    """What this session may choose from: its uploads first."""
+    return [*uploads.mine(model), *sources(model)]
+
+
 def check_source(model: str, source: str) -> str:
     """The name, if it is a dictionary's that may be opened for this model; `LoadError` otherwise."""
+    if uploads.folder_of(source) is not None:  # whether it fits the model, `load_sae` says
+        return source
     return one_of(source, sources(model), f"dictionary of {model}", LoadError)
 
 
 def describe(source: str) -> str:
     """What the menu calls a dictionary."""
+    if source.startswith(uploads.PREFIX):
+        return uploads.describe(source)
     return f"SNMF, layer {source.removeprefix(SNMF)}" if source.startswith(SNMF) else f"SAE {source}"
 
 
@@ -89,7 +99,7 @@ def dictionary(model: str, source: str) -> Dictionary:
     locked, bundled = locked_model(model), bundled_saes()
     if not source.startswith(SNMF):
         with locked.use() as running:
-            return load_sae(bundled.get(source, source), running)
+            return load_sae(uploads.folder_of(source) or bundled.get(source, source), running)
     text = corpus(model, SNMF_TEXTS)
     with locked.use() as running:
         return fit_snmf(running, text, f"blocks.{int(source.removeprefix(SNMF))}.mlp.hook_post", **SNMF_OPTIONS)

@@ -2,6 +2,7 @@
 
 import io
 
+import pandas as pd
 import streamlit as st
 import xarray as xr
 
@@ -11,13 +12,21 @@ from interp import plots
 
 def figure_and_data(shown: xr.DataArray, whole: xr.DataArray, *, name: str) -> None:
     """Buttons: the shown map as HTML, the whole result (per prompt) as CSV and parquet."""
-    left, middle, right = st.columns(3)
-    left.download_button("Figure (HTML)", lambda: plots.heatmap(shown).to_html(include_plotlyjs=True).encode(), f"{name}.html",
-                         "text/html", key=f"{name}_html", on_click="ignore")  # fmt: skip
-    middle.download_button("Data (CSV)", lambda: table_of(whole).to_csv(index=False).encode(), f"{name}.csv", "text/csv",
-                           key=f"{name}_csv", on_click="ignore")  # fmt: skip
-    right.download_button("Data (parquet)", lambda: _parquet(table_of(whole)), f"{name}.parquet", key=f"{name}_parquet",
-                          on_click="ignore")  # fmt: skip
+    row = st.container(horizontal=True)
+    row.download_button("Figure (HTML)", lambda: plots.heatmap(shown).to_html(include_plotlyjs=True).encode(), f"{name}.html",
+                        "text/html", key=f"{name}_html", on_click="ignore")  # fmt: skip
+    row.download_button("Data (CSV)", lambda: table_of(whole).to_csv(index=False).encode(), f"{name}.csv", "text/csv",
+                        key=f"{name}_csv", on_click="ignore")  # fmt: skip
+    row.download_button("Data (parquet)", lambda: _parquet(table_of(whole)), f"{name}.parquet", key=f"{name}_parquet",
+                        on_click="ignore")  # fmt: skip
+
+
+def table(rows: pd.DataFrame, *, name: str, label: str = "Table") -> None:
+    """Buttons: these rows as CSV and parquet, in the container that is open."""
+    files = (("CSV", lambda: rows.to_csv(index=False).encode(), "text/csv"), ("parquet", lambda: _parquet(rows), None))
+    for kind, content, mime in files:
+        st.download_button(f"{label} ({kind})", content, f"{name}.{kind.lower()}", mime, key=f"{name}_{kind.lower()}",
+                           on_click="ignore", icon=":material/download:")  # fmt: skip
 
 
 def table_of(array: xr.DataArray):

@@ -1,10 +1,12 @@
 """Long work in processes of their own, as the pages see it: submit, watch, cancel, and what came of it.
 
-A click elsewhere, a reload or a closed browser does not touch a job: it is a worker process (`interp.jobs.worker`) that writes
-into a folder, and a page only reads there. The same question is the same job, so it is answered once.
+A click elsewhere, a reload or a closed browser does not touch a job: it is a process of its own (`interp.jobs.runner`) that
+writes into a folder, and a page only reads there. The same question is the same job, so it is answered once. Runs of many jobs,
+from the command line or a cluster, lie in the same folders: they are listed, filtered and opened job by job.
 """
 
 import os
+from collections.abc import Iterable
 
 import pandas as pd
 import streamlit as st
@@ -13,10 +15,12 @@ import xarray as xr
 from app.behaviour import OWN, Behaviour
 from app.compute import cached
 from app.locked import allowed
-from interp.errors import InterpError, OptionError, TaskError
-from interp.jobs import worker
+from interp.errors import InterpError, OptionError, TaskError, name_some
+from interp.jobs import runner
+from interp.jobs.grid import Grid
+from interp.jobs.kinds import KINDS
 from interp.jobs.spec import Job
-from interp.jobs.store import DEFAULT_FOLDER, Run, Runs
+from interp.jobs.store import DEFAULT_FOLDER, Progress, Run, Runs
 
 
 def runs() -> Runs:
@@ -38,16 +42,19 @@ def behaviour_of(job: Job) -> Behaviour:
     """What to look at so as to see a job's prompts. Raises `TaskError` where the dashboard takes less than the job has."""
     if job.task is not None:
         return Behaviour(job.model, job.task, job.n, job.seed).checked()
+    if not job.clean:
+        raise TaskError(f"a job of kind {job.kind} is about a text, and has no prompts to look at")
     if job.n > 1:
         raise TaskError(f"the dashboard takes one pair of own prompts, and this run has {job.n}")
     wrong = job.wrong_answers[0] if job.wrong_answers else ""
     return Behaviour(job.model, OWN, 1, 0, job.clean[0], job.corrupt[0], job.answers[0], wrong).checked()
 
 
-def submit(job: Job) -> Run:
-    """Start a job, unless it is done or under way: one that ended without a result goes on where it was."""
-    allowed(job.model)
-    return worker.submit(job, runs())
+def submit(asked: Job | Grid) -> Run:
+    """Start a job or a grid, unless it is done or under way: one that ended without a result goes on where it was."""
+    for model in {each.model for each in (asked.everything if isinstance(asked, Grid) else [asked])}:
+        allowed(model)
+    return runner.submit(asked, runs())
 
 
 def poll(id: str) -> Run:
@@ -56,25 +63,39 @@ def poll(id: str) -> Run:
 
 
 def cancel(id: str) -> None:
-    """Ask a run to end after the block in hand."""
+    """Ask a run to end after the shards in hand."""
     runs().cancel(id)
 
 
-def job(id: str) -> Job:
+def grid(id: str) -> Grid:
     """What a run was asked."""
-    return Job.from_file(runs().path(id) / "job.json")
-
-
-def result(id: str) -> xr.DataArray | xr.Dataset:
-    """A finished run's scores; kept until the run is finished anew."""
-    run = poll(id)
-    return _result(str(runs().path(id).resolve()), run.finished) if run.status == "done" else runs().result(id)
+    return _grid(str(runs().path(id).resolve()), runs().path(id).joinpath("spec.json").stat().st_mtime_ns)
 
 
 @cached
-def _result(folder: str, finished: str) -> xr.DataArray | xr.Dataset:
+def _grid(folder: str, changed: int) -> Grid:
     parent, id = os.path.split(folder)
-    return Runs(parent).result(id)
+    return Runs(parent).grid(id)
+
+
+def job(id: str, job_id: str | None = None) -> Job:
+    """One job of a run; the first, if none is named or the one that is named is not there."""
+    asked = {each.id: each for each in grid(id).everything}
+    return asked.get(job_id or "", next(iter(asked.values())))
+
+
+def result(id: str, job_id: str | None = None) -> xr.DataArray | xr.Dataset:
+    """The result of a run's job (`job`), as soon as all its shards are there; kept until the run is finished anew."""
+    wanted, run = job(id, job_id).id, poll(id)
+    if run.active:
+        return runs().result(id, wanted)
+    return _result(str(runs().path(id).resolve()), wanted, run.finished)
+
+
+@cached
+def _result(folder: str, job_id: str, finished: str) -> xr.DataArray | xr.Dataset:
+    parent, id = os.path.split(folder)
+    return Runs(parent).result(id, job_id)
 
 
 def table(text: str = "", statuses: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -82,21 +103,27 @@ def table(text: str = "", statuses: tuple[str, ...] = ()) -> pd.DataFrame:
     rows = []
     for id in runs().ids():
         try:
-            run, asked = poll(id), job(id)
-        except InterpError as error:  # a file that somebody wrote by hand: shown, so that it can be mended
+            run, asked = poll(id), grid(id).everything
+        except (InterpError, OSError) as error:  # a file that somebody wrote by hand: shown, so that it can be mended
             rows.append({"status": "failed", "kind": "unreadable", "options": str(error), "id": id})
             continue
         rows.append({
-            "status": run.status, "kind": asked.kind, "model": asked.model, "task": asked.task or OWN,
-            "options": _options(asked), "n": asked.n, "seconds": run.seconds, "submitted": pd.Timestamp(run.submitted), "id": id,
+            "status": run.status, "kind": _several(each.kind for each in asked), "model": _several(each.model for each in asked),
+            "task": _several(each.task or OWN for each in asked), "options": _several(map(_options, asked)), "jobs": len(asked),
+            "n": _several(each.n for each in asked), "seconds": run.seconds, "submitted": pd.Timestamp(run.submitted), "id": id,
         })  # fmt: skip
-    columns = ["status", "kind", "model", "task", "options", "n", "seconds", "submitted", "id"]
+    columns = ["status", "kind", "model", "task", "options", "jobs", "n", "seconds", "submitted", "id"]
     found = pd.DataFrame(rows, columns=columns)
     whole = [" ".join(map(str, row.values())).lower() for row in rows]
     kept = [all(word in row for word in text.lower().split()) for row in whole]
     if statuses:
         kept = [k and status in statuses for k, status in zip(kept, found.status, strict=True)]
     return found[kept].reset_index(drop=True)
+
+
+def _several(values: Iterable) -> str:
+    """Different values in a cell, as many as are readable."""
+    return name_some(list(dict.fromkeys(map(str, values))), 4)
 
 
 def chosen(event, ids: list[str]) -> list[str]:
@@ -137,31 +164,30 @@ def _panel(id: str) -> None:
         st.markdown(sentence(run))
         return
     st.session_state[f"watched_{id}"] = True
-    progress, asked = runs().progress(id), job(id)
-    st.progress(progress.done / max(progress.total, 1), text=progress_text(asked, run))
+    progress = runs().progress(id)
+    st.progress(progress.done / max(progress.total, 1), text=progress_text(progress))
     stopping = runs().is_cancelled(id)
     st.button("Stopping" if stopping else "Cancel", key=f"cancel_{id}", on_click=cancel, args=(id,), disabled=stopping,
-              icon=":material/stop_circle:", help="It ends after the block of prompts in hand; what is done is kept")  # fmt: skip
+              icon=":material/stop_circle:", help="It ends after the shards in hand; what is done is kept")  # fmt: skip
 
 
-def progress_text(asked: Job, run: Run) -> str:
+def progress_text(progress: Progress) -> str:
     """Where a run is, in a line: stage, prompts done, time so far and time left."""
-    progress = runs().progress(run.id)
     left = "" if progress.eta is None else f", about {duration(progress.eta)} left"
-    so_far = duration(run.seconds) if run.seconds is not None else "0 s"
-    return f"{progress.stage}: {progress.done} of {asked.n} pairs, {so_far} so far{left}"
+    done = f": {progress.done} of {progress.total} pairs" if progress.total else ""
+    return f"{progress.stage}{done}, {duration(progress.seconds)} so far{left}"
 
 
 def sentence(run: Run) -> str:
     """What became of a run, in a sentence."""
-    took = "" if run.seconds is None else f" after {duration(run.seconds)}"
+    took = f" after {duration(run.seconds)}" if run.seconds else ""
     return {
         "queued": "It waits for its process to start.",
-        "running": f"It runs{took.replace('after', 'since')}.",
+        "running": "It runs.",
         "done": f"Done{took.replace('after', 'in')}.",
         "failed": f"It failed{took}: {run.error}",
-        "cancelled": f"It was cancelled{took}; the blocks that were done are kept.",
-        "interrupted": f"It was interrupted{took}; the blocks that were done are kept.",
+        "cancelled": f"It was cancelled{took}; the shards that were done are kept.",
+        "interrupted": f"It was interrupted{took}; the shards that were done are kept.",
     }[run.status]
 
 
@@ -183,9 +209,17 @@ def poll_quietly(id: str) -> bool:
 
 
 def title(asked: Job) -> str:
+    """What a job was asked, in a line."""
+    model, about = os.path.basename(asked.model), f"{asked.kind} {_options(asked)}".strip()
+    if KINDS[asked.kind].of == "text":
+        return f"{about} · {model}, seed {asked.seed}"
+    return f"{about} · {model} on {asked.task or OWN}, n {asked.n}{f', seed {asked.seed}' if asked.seed else ''}"
+
+
+def run_title(id: str) -> str:
     """What a run was asked, in a line."""
-    model = os.path.basename(asked.model)
-    return f"{f'{asked.kind} {_options(asked)}'.strip()} · {model} on {asked.task or OWN}, n {asked.n}"
+    asked = grid(id)
+    return title(asked.everything[0]) if len(asked.everything) == 1 else f"{asked}, {len(asked.everything):,} jobs"
 
 
 def _options(asked: Job) -> str:
@@ -193,7 +227,7 @@ def _options(asked: Job) -> str:
     said = []
     for name, value in asked.options.items():
         text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
-        said.append(text if name in ("sites", "metric", "direction", "rules") else f"{name} {text}")
+        said.append(text if name in ("sites", "method", "metric", "direction", "rules", "hook") else f"{name} {text}")
     return ", ".join(said)
 
 
@@ -202,8 +236,8 @@ def labels(ids: list[str]) -> dict[str, str]:
     found = {}
     for id in ids:
         try:
-            found[id] = f"{title(job(id))} · {id[:4]}"
-        except InterpError:
+            found[id] = f"{run_title(id)} · {id[:4]}"
+        except (InterpError, OSError):
             found[id] = f"unreadable · {id}"
     return found
 
@@ -251,9 +285,20 @@ def flat(array: xr.DataArray) -> xr.DataArray:
     return mean
 
 
+def is_map(found: xr.DataArray | xr.Dataset) -> bool:
+    """Whether a result is effects of places, prompt by prompt; else it is measures of a whole job."""
+    return "prompt" in found.dims
+
+
+def measures(found: xr.Dataset) -> pd.DataFrame:
+    """The measures of a job that are single numbers, as rows; curves are left to `curve`."""
+    single = {name: float(array) for name, array in found.data_vars.items() if not array.ndim}
+    return pd.DataFrame({"measure": list(single), "value": list(single.values())})
+
+
 def difference(ours: xr.DataArray, theirs: xr.DataArray) -> xr.DataArray:
     """ours - theirs as a map, place by place in their order. Raises `OptionError` if they are laid out otherwise."""
     a, b = flat(ours), flat(theirs)
     if a.dims != b.dims or a.shape != b.shape:
         raise OptionError(f"these maps are laid out otherwise: {dict(a.sizes)} and {dict(b.sizes)}")
-    return a.copy(data=a.values - b.values)
+    return a.copy(data=a.values - b.values).assign_attrs(difference="the opened run − the other")

@@ -93,11 +93,14 @@ def place_of(event, array: xr.DataArray) -> str | None:
     order = cell_order(array)
     if not found or found[-1] >= len(order):
         return None
-    y, x = order[found[-1]]
+    return place_at(array, *order[found[-1]])
+
+
+def place_at(array: xr.DataArray, y: int, x: int) -> str:
+    """The name of the cell in row y and column x of a map."""
     site = array.attrs.get("site", "site")
     if array.dims[0] == "node":
-        node = str(array["node"].values[y])
-        return node
+        return str(array["node"].values[y])
     layer = int(array[array.dims[0]].values[y])
     value = int(array[array.dims[1]].values[x])
     return str(

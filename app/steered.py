@@ -14,6 +14,7 @@ from app.behaviour import MAX_CHARACTERS
 from app.compute import cached
 from app.dictionaries import SNMF, SNMF_OPTIONS, SNMF_TEXTS, check_latent, dictionary
 from app.locked import locked_model
+from app.uploads import PREFIX
 from interp import (
     SAE,
     diff_means,
@@ -88,6 +89,8 @@ class Recipe:
 
 def dictionary_code(source: str) -> tuple[str, ...]:
     """Lines of Python that make `dictionary` with `model`."""
+    if source.startswith(PREFIX):
+        return ('dictionary = interp.load_sae("FOLDER", model)  # FOLDER: where the two uploaded files lie',)
     if not source.startswith(SNMF):
         folder = f"interp.bundled_saes()[{source!r}]" if source in bundled_saes() else repr(source)
         return (f"dictionary = interp.load_sae({folder}, model)",)

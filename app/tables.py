@@ -1,12 +1,16 @@
 """Small tables and choosers that pages share: probabilities of tokens, answers, which pair."""
 
 import re
+from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import streamlit as st
+import xarray as xr
 
 from app.behaviour import OWN, Behaviour
 from app.charts import visible
+from interp.plots import axis_labels
 
 
 def pair_chooser(place, behaviour: Behaviour) -> int:
@@ -20,7 +24,36 @@ def pair_chooser(place, behaviour: Behaviour) -> int:
     )
 
 
-def token_table(table: pd.DataFrame, *, key: str) -> None:
+def cell_chooser(
+    array: xr.DataArray, chosen: tuple[int, int] | None, *, key: str, take: Callable[[int, int], None]
+) -> None:
+    """Menus of a map's rows and columns: what a click on a cell does, for readers without a mouse.
+
+    chosen: (row, column) that is selected. take: called with the new ones; the one not chosen yet is the last.
+    """
+    for axis, (field, column) in enumerate(zip(("row", "column"), st.columns(2), strict=True)):
+        name, labels = str(array.dims[axis]), axis_labels(array, array.dims[axis])
+        if chosen is not None:  # a click on the map, or an address, moves the menus too
+            st.session_state[f"{key}_{field}"] = chosen[axis]
+        elif (st.session_state.get(f"{key}_{field}") or 0) >= len(labels):
+            st.session_state[f"{key}_{field}"] = None  # of a longer map
+        column.selectbox(
+            f"{name.capitalize()} of the cell", range(len(labels)), index=None, format_func=labels.__getitem__,
+            key=f"{key}_{field}", on_change=_take_cell, args=(array, key, take), placeholder="or click the map",
+        )  # fmt: skip
+
+
+def _take_cell(array: xr.DataArray, key: str, take: Callable[[int, int], None]) -> None:
+    """Callback of the menus."""
+    said = [st.session_state.get(f"{key}_{field}") for field in ("row", "column")]
+    y, x = (n - 1 if at is None else at for at, n in zip(said, array.shape, strict=True))
+    if np.isfinite(array.values[y, x]):
+        take(y, x)
+    else:
+        st.toast("The map has no such cell.", icon=":material/grid_off:")
+
+
+def token_table(table: pd.DataFrame, *, key: str, alt: str = "Likeliest tokens and their probabilities") -> None:
     """Tokens with their probabilities; spaces drawn, answers marked by a sign and a word."""
     shown = table.assign(token=[visible(t) for t in table.token])
     marks = {"answer": "✓ answer", "wrong answer": "✗ wrong", "": ""}
@@ -31,7 +64,7 @@ def token_table(table: pd.DataFrame, *, key: str) -> None:
         "role": st.column_config.TextColumn("", width="small"),
         "token": st.column_config.TextColumn(width="small"),
     }
-    st.dataframe(shown, hide_index=True, width="stretch", key=key, column_config=columns)
+    st.dataframe(shown, hide_index=True, width="stretch", key=key, column_config=columns, alt=alt)
 
 
 def answers_text(tokens: dict[str, list[str]]) -> str:

@@ -72,9 +72,11 @@ class App:
         if importlib.util.find_spec("streamlit") is None:
             raise OptionError("the dashboard needs Streamlit: pip install interp-workbench[app]")
         # headless: the server would ask for an e-mail address, and would open the browser before it can answer
+        # viewer: no button that puts the app on somebody else's machine
         return [
-            sys.executable, "-m", "streamlit", "run", str(_main()), "--server.port", str(self.port), "--server.address",
+            sys.executable, "-m", "streamlit", "run", str(_server()), "--server.port", str(self.port), "--server.address",
             self.address, "--server.headless", "true", "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
+            "--client.toolbarMode", "viewer",
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
@@ -92,15 +94,15 @@ class App:
         return {**os.environ, **given}
 
 
-def _main() -> Path:
-    """The dashboard's first file: beside the package in a clone, inside it in an installed wheel."""
+def _server() -> Path:
+    """The file that serves the dashboard: beside the package in a clone, inside it in an installed wheel."""
     from interp.errors import OptionError
 
     package = Path(__file__).resolve().parent
     for folder in (package / "bundled" / "app", package.parent / "app"):
-        if (folder / "main.py").is_file():
-            return folder / "main.py"
-    raise OptionError(f"the dashboard is not installed here: there is no {package.parent / 'app' / 'main.py'}")
+        if (folder / "serve.py").is_file():
+            return folder / "serve.py"
+    raise OptionError(f"the dashboard is not installed here: there is no {package.parent / 'app' / 'serve.py'}")
 
 
 def _check_free(address: str, port: int) -> None:

@@ -29,7 +29,7 @@ def test_it_listens_to_this_machine_and_tells_nobody():
     assert "--server.address 127.0.0.1" in command
     assert "--browser.gatherUsageStats false" in command
     assert "--server.port 8501" in command
-    assert Path(App().command()[4]).name == "main.py"
+    assert Path(App().command()[4]).name == "serve.py", "which serves main.py, warm"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import streamlit as st
 
 from app import dictionaries as data
+from app import export, uploads
 from app.cards import (
     chosen_row,
     context_table,
@@ -14,6 +15,7 @@ from app.cards import (
 )
 from app.charts import visible
 from app.compute import attempt
+from app.notebooks import latent_code
 from app.selection import select, selection
 from app.sidebar import behaviour, current_model
 from app.steered import SNMF, Recipe
@@ -29,7 +31,7 @@ st.title("Features")
 now, cfg = behaviour(), current_model().cfg
 first, second, third = st.columns([3, 2, 2])
 fourth, fifth = st.columns([5, 2])
-source = first.selectbox("Dictionary", data.sources(now.model), format_func=data.describe, key="source", bind="query-params",
+source = first.selectbox("Dictionary", data.offered(now.model), format_func=data.describe, key="source", bind="query-params",
                          help="Autoencoders of this model, or semi-NMF of a layer's neurons, fitted here")  # fmt: skip
 order = fifth.selectbox("Order", list(ORDERS), key="order", bind="query-params")
 wanted = second.text_input(
@@ -39,6 +41,9 @@ n_texts = third.select_slider("Texts looked at", data.TEXTS, value=100, key="tex
 with fourth:
     prompt = prompt_choice(attempt(data.prompt_texts, now), key="prompt")
 found = attempt(data.dictionary, now.model, source)
+if source.startswith(uploads.PREFIX):
+    trained_on = found.metadata.get("model_name")
+    st.caption(f"Uploaded; by its own account trained on {plain(str(trained_on or 'a model that it does not name'))}.")
 table = attempt(data.latent_table, now, prompt, source, n_texts)
 hit = table[table["token"].str.contains(visible(wanted), case=False, regex=False)] if wanted else table
 hit = hit.sort_values(ORDERS[order], ascending=order in ("rarest", "number"), kind="stable").reset_index(drop=True)
@@ -102,9 +107,11 @@ def card(latent: int) -> None:
     left, right = st.columns(2, gap="medium")
     with left:
         st.markdown("**Tokens** by its direct effect: logits per unit of activation, up to the final norm's scale")
+        writes = True
         try:
             effect_tables(data.effects(now.model, source, latent), key=f"effects_{latent}")
         except InterpError as error:
+            writes = False
             st.info(plain(str(error)), icon=":material/info:")
     with right:
         tokens, codes = data.prompt_codes(now, prompt, source)
@@ -113,12 +120,32 @@ def card(latent: int) -> None:
         )
         st.echarts_chart(token_bars(tokens, codes[:, latent], unit="activation"), key="on_prompt", height=250,
                          alt=f"Activation of latent {latent} at each token of the prompt")  # fmt: skip
-    st.download_button("Contexts (CSV)", lambda: rows.to_csv(index=False).encode(), f"latent-{latent}.csv", "text/csv",
-                       key="contexts_csv", on_click="ignore")  # fmt: skip
+    with st.expander("Download", icon=":material/download:"):
+        for which, name, label in ((hit, "latents", "Latents"), (rows, f"latent-{latent}-contexts", "Contexts")):
+            with st.container(horizontal=True):
+                export.table(which, name=name, label=label)
+        export.notebook(now, latent_code(source, n_texts, latent, writes=writes))
+
+
+def opened() -> None:
+    """Callback of the file field: the uploaded SAE is the one looked at, or one sentence says why not."""
+    st.session_state.pop("upload_error", None)
+    if files := st.session_state.get("sae_files"):
+        try:
+            st.session_state["source"] = uploads.take(now.model, files)
+        except InterpError as error:
+            st.session_state["upload_error"] = str(error)
 
 
 panel()
 st.divider()
+with st.expander("Open an SAE", icon=":material/folder_open:", expanded="upload_error" in st.session_state):
+    st.file_uploader(f"{' and '.join(uploads.NEEDED)}, as SAELens saves them", ["json", "safetensors"], key="sae_files",
+                     accept_multiple_files=True, on_change=opened, max_upload_size=max(uploads.LIMITS.values()),
+                     help="Choose both together; activation_scaler.json too where there is one. Kept on this machine "
+                          "until the dashboard ends")  # fmt: skip
+    if problem := st.session_state.get("upload_error"):
+        st.error(plain(problem), icon=":material/error:")
 if source.startswith(SNMF):
     stable = found.stability_.mean()
     st.caption(f"Semi-NMF of {found.source_['n_tokens']:,} tokens: {found.n_features} features of few neurons, relative loss "

@@ -4,9 +4,11 @@ import pandas as pd
 import streamlit as st
 
 from app import dictionaries as data
+from app import export
 from app.cards import chosen_row, context_table, neuron_of, prompt_choice, steer_button, token_bars
 from app.charts import visible
 from app.compute import attempt
+from app.notebooks import neuron_code
 from app.selection import select, selection
 from app.sidebar import behaviour, current_model
 from app.steered import Recipe
@@ -115,7 +117,15 @@ def card(layer: int, neuron: int) -> None:
     with in_text:
         contexts(layer, neuron)
     with hold:
-        clamp(layer, neuron)
+        value, site = clamp(layer, neuron)
+    with st.expander("Download", icon=":material/download:"):
+        with st.container(horizontal=True):
+            export.table(hit, name="neurons", label="Neurons")
+        with st.container(horizontal=True):
+            export.table(rows, name=f"neuron-m{layer}-n{neuron}", label=f"Tokens of m{layer}.n{neuron}")
+        text = data.prompt_texts(now)[prompt]
+        export.notebook(now, neuron_code(now.model, (layer, neuron), prompt=text, value=value, site=site, search=wanted,
+                                         matrix=matrix, layer=layer_shown))  # fmt: skip
 
 
 def contexts(layer: int, neuron: int) -> None:
@@ -134,8 +144,8 @@ def contexts(layer: int, neuron: int) -> None:
         st.caption("Below 0, neurons of this model stay so near it that no context is of interest.")
 
 
-def clamp(layer: int, neuron: int) -> None:
-    """Hold it at a value along the prompt; the test over all prompts on demand."""
+def clamp(layer: int, neuron: int) -> tuple[float, str]:
+    """Hold it at a value along the prompt; the test over all prompts on demand. Returns (value, where it is held)."""
     sites = ("post", "up", "gate") if cfg.gated else ("post", "up")
     left, right = st.columns([2, 3])
     site = left.segmented_control("Where", sites, default="post", key="site", required=True,
@@ -175,6 +185,7 @@ def clamp(layer: int, neuron: int) -> None:
             }]), hide_index=True, key="tested", alt="Result of the test")  # fmt: skip
             st.caption(f"Log-probability of {plain(visible(result.token))}, mean of {len(result.changes)} prompts; 95 % interval "
                        f"of the difference; {len(result.control_changes)} others held at the same value.")  # fmt: skip
+    return float(value), site
 
 
 panel()

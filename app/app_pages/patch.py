@@ -6,9 +6,9 @@ import streamlit as st
 
 from app import compute, export, jobs, looking
 from app.charts import heatmap, height_of
-from app.selection import parse_cell, pin, place_of, select, selection
+from app.selection import parse_cell, pin, place_at, place_of, select, selection
 from app.sidebar import behaviour, current_model
-from app.tables import answers_text, code, pair_chooser, token_table
+from app.tables import answers_text, cell_chooser, code, pair_chooser, token_table
 from interp import compare
 from interp.errors import InterpError
 from interp.rules import RULES
@@ -117,6 +117,8 @@ def maps() -> None:
                 drawn, key="rough", height=height_of(mean), alt=f"Heatmap of {rules} effects of {site} by layer"
             )
         agreement(rough)
+    chosen = next(iter(looking.marks(mean, selected=selection().primary)), None)
+    cell_chooser(mean, chosen, key=f"cell_{site}", take=lambda y, x: select(place_at(mean, y, x)))
     inspect()
 
 
@@ -132,7 +134,7 @@ def inspect() -> None:
     place, pinned = selection().primary, selection().pinned
     values, others = looking.effect_at(exact, place), None if place == pinned else looking.effect_at(exact, pinned)
     if values is None:
-        st.info("Click a cell to patch it: next-token probabilities and the effect on each pair appear here.",
+        st.info("Click a cell, or choose it above, to patch it: next tokens and the effect on each pair appear here.",
                 icon=":material/ads_click:")  # fmt: skip
         return
     title, button, clear = st.columns([5, 1, 1], vertical_alignment="bottom")
@@ -176,7 +178,8 @@ def per_prompt(values: np.ndarray, others: np.ndarray | None) -> None:
         c: st.column_config.NumberColumn(c, format="%.3f")
         for c in ("effect", "pinned", "difference", "clean", "corrupt")
     }
-    st.dataframe(pd.DataFrame(table), hide_index=True, width="stretch", key="inspected", column_config=numbers)
+    st.dataframe(pd.DataFrame(table), hide_index=True, width="stretch", key="inspected", column_config=numbers,
+                 alt="Effect of the cell on each pair")  # fmt: skip
     text = f"Mean {np.nanmean(values):+.3f} {unit}; clean − corrupt is {gap.mean():+.3f}"
     if others is not None:
         text += f"; pinned {np.nanmean(others):+.3f}"

@@ -5,9 +5,9 @@ import streamlit as st
 from app import export, looking
 from app.charts import LABELLED, attention, attention_grid, heatmap, height_of, token_strip, visible
 from app.compute import attempt
-from app.selection import place_of, select, selection
+from app.selection import place_at, place_of, select, selection
 from app.sidebar import behaviour, current_model
-from app.tables import answers_text, pair_chooser, token_table
+from app.tables import answers_text, cell_chooser, pair_chooser, token_table
 from interp.errors import InterpError
 
 st.title("Prompt")
@@ -74,6 +74,8 @@ def lens() -> None:
         key=key, on_select=choose, height=height_of(shown),
         alt=f"Logit lens of the {run} prompt: {metric} by layers read and position",
     )  # fmt: skip
+    cell_chooser(shown, cells["selected"], key="lens_cell",
+                 take=lambda y, x: select(looking.lens_place(place_at(shown, y, x), cfg.n_layers)))  # fmt: skip
     left, right = st.columns(2)
     with left:
         st.markdown("**Next token** after the whole prompt")

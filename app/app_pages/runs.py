@@ -9,7 +9,9 @@ from app.charts import heatmap
 from app.sidebar import set_behaviour, stop
 from interp import compare
 from interp.agreement import STATISTICS
+from interp.circuits.report import curve_figure
 from interp.errors import InterpError
+from interp.jobs.spec import Job
 from interp.jobs.store import STATUSES
 
 CELLS, ROWS = 4000, 30  # more cells than that are unreadable as a map: the strongest rows are shown instead
@@ -62,6 +64,15 @@ def draw(mean: xr.DataArray, *, title: str, key: str) -> None:
     st.caption(f"{title}: the {min(ROWS, len(rows))} strongest of {len(rows):,} places.")
 
 
+def one_job(id: str, key: str) -> Job:
+    """The job of a run that is looked at: the only one, or the chosen one."""
+    asked = jobs.grid(id).everything
+    if len(asked) == 1:
+        return asked[0]
+    names = {each.id: jobs.title(each) for each in asked}
+    return jobs.job(id, st.selectbox("Job", list(names), format_func=names.get, key=key, help=f"One of {len(asked):,}"))
+
+
 def one_site(result: xr.DataArray | xr.Dataset, key: str) -> xr.DataArray:
     """The result, or the chosen one of several sites, knowing its site."""
     if isinstance(result, xr.DataArray):
@@ -79,47 +90,79 @@ def look(asked) -> None:
         st.session_state["runs_error"] = str(error)
 
 
-def opened(id: str) -> xr.DataArray | None:
-    """A run: what it was asked, how it stands, what can be done with it, and its map. Its scores, if it has them."""
+def draw_measures(found: xr.Dataset, asked: Job, id: str) -> None:
+    """What a job measured as a whole: numbers in a table, and of a circuit its faithfulness at growing sizes."""
+    st.dataframe(jobs.measures(found), hide_index=True, key=f"measures_{id}", alt=f"Measures of {jobs.title(asked)}",
+                 column_config={"value": st.column_config.NumberColumn(format="%.4f")})  # fmt: skip
+    if asked.kind == "circuit":
+        st.plotly_chart(curve_figure(found, title=jobs.title(asked)), key=f"curve_{id}",
+                        alt="Faithfulness of the circuit at growing shares of edges, ranked by help and by size")  # fmt: skip
+        where = "other pairs of the task" if found.attrs["held_out"] else "the pairs that it was scored on"
+        st.caption(
+            f"Measured on {where}; ablation {found.attrs['ablation']}. CMD: lower is better. CPR: higher is better."
+        )
+
+
+def opened(id: str) -> tuple[Job, xr.DataArray] | None:
+    """A run: what it was asked, how it stands, what can be done with it, and a result. Its job and scores, if it is a map."""
     try:
-        run, asked = jobs.poll(id), jobs.job(id)
-    except InterpError as error:
+        run = jobs.poll(id)
+        st.subheader(jobs.run_title(id))
+        asked = one_job(id, f"job_of_{id}")
+    except (InterpError, OSError) as error:
         stop(error)
-    st.subheader(jobs.title(asked))
     if run.active:
         jobs.job_panel(id)
-        return None
-    (st.error if run.status == "failed" else st.caption)(jobs.sentence(run))
+    else:
+        (st.error if run.status == "failed" else st.caption)(jobs.sentence(run))
     actions = st.container(horizontal=True)
-    actions.button("Look at these prompts", key="runs_look", on_click=look, args=(asked,), icon=":material/visibility:")
-    if run.status != "done":
-        actions.button("Go on", key="runs_resume", on_click=jobs.submit, args=(asked,), icon=":material/play_arrow:",
-                       help="Blocks that are done are not computed again")  # fmt: skip
-        return None
+    if not run.active and run.status != "done":
+        actions.button("Go on", key="runs_resume", on_click=jobs.submit, args=(jobs.grid(id),), icon=":material/play_arrow:",
+                       help="What is done is not computed again")  # fmt: skip
+    if asked.task or asked.clean:
+        actions.button(
+            "Look at these prompts", key="runs_look", on_click=look, args=(asked,), icon=":material/visibility:"
+        )
     if wrong := st.session_state.pop("runs_error", None):
         st.error(wrong, icon=":material/error:")
-    scores = one_site(compute.attempt(jobs.result, id), f"site_{id}")
+    try:
+        found = jobs.result(id, asked.id)
+    except InterpError as error:
+        if run.status == "done" or len(jobs.grid(id).everything) > 1:
+            st.info(str(error), icon=":material/info:")
+        return None
+    if not jobs.is_map(found):
+        draw_measures(found, asked, id)
+        return None
+    scores = one_site(found, f"site_{id}")
     mean, about = jobs.flat(scores), scores.attrs
     st.caption(f"{about['sign']}. Mean of {scores.sizes['prompt']} pairs; {about['metric']} [{about['unit']}].")
     draw(mean, title=jobs.title(asked), key=f"map_{id}")
     export.figure_and_data(mean, scores, name=f"run-{id}")
-    return scores
+    return asked, scores
 
 
-def compared(scores: xr.DataArray, id: str, with_id: str) -> None:
-    """Difference and agreement of two runs."""
-    asked, other = jobs.job(id), jobs.job(with_id)
+def compared(asked: Job, scores: xr.DataArray, id: str, with_id: str) -> None:
+    """Difference and agreement of two runs' jobs."""
     st.subheader("Compared")
-    if (run := jobs.poll(with_id)).status != "done":
-        st.info(f"{jobs.title(other)} has no result to compare with. {jobs.sentence(run)}", icon=":material/info:")
+    other = one_job(with_id, f"job_with_{with_id}")
+    try:
+        found = jobs.result(with_id, other.id)
+    except InterpError as error:
+        st.info(f"{jobs.title(other)} has no result to compare with. {error}", icon=":material/info:")
         return
-    theirs = one_site(compute.attempt(jobs.result, with_id), f"other_site_{with_id}")
+    if not jobs.is_map(found):
+        st.info(f"{jobs.title(other)} has no map to compare with.", icon=":material/info:")
+        return
+    theirs = one_site(found, f"other_site_{with_id}")
     differing = [name for name in ("model", "task", "seed", "clean") if getattr(asked, name) != getattr(other, name)]
     if differing:
         st.warning(f"The two differ in {', '.join(differing)}: places and prompts of the same number need not correspond.",
                    icon=":material/warning:")  # fmt: skip
     # of an estimate and an exact result, the exact one is the reference
-    first, second, ours = (theirs, scores, False) if other.kind == "attribute" != asked.kind else (scores, theirs, True)
+    exact = {"patch", "edges"}
+    swapped = asked.kind in exact and other.kind not in exact
+    first, second, ours = (theirs, scores, False) if swapped else (scores, theirs, True)
     table = compute.attempt(compare, first, second)
     row = table.iloc[0]
     st.dataframe(pd.DataFrame({"statistic": STATISTICS, "value": [row[s] for s in STATISTICS],
@@ -146,4 +189,4 @@ columns[1].selectbox("Compare with", [id for id in ids if id != run_id], index=N
                      on_change=jobs.take_choice, placeholder="another run")  # fmt: skip
 found = opened(run_id)
 if found is not None and with_id is not None:
-    compared(found, run_id, with_id)
+    compared(*found, run_id, with_id)

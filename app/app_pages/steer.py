@@ -25,7 +25,7 @@ NEGATIVE = "He was tired because he was late.\nTom said that he was glad.\nPaul 
 
 st.title("Steer")
 now, cfg = behaviour(), current_model().cfg
-saes = [name for name in data.sources(now.model) if not name.startswith(SNMF)]
+saes = [name for name in data.offered(now.model) if not name.startswith(SNMF)]
 kinds = [kind for kind in FROM if kind != "SAE latent" or saes]
 
 
@@ -63,7 +63,7 @@ def vector_form() -> Recipe:
     left, right = st.columns(2)
     if kind == "two texts":
         sides = (left, "Towards, one text a line", POSITIVE, "positive"), (right, "Away from", NEGATIVE, "negative")
-        positive, negative = (place.text_area(label, text, key=f"vector_{side}", height=130, persist_state="session")
+        positive, negative = (place.text_area(label, text, key=f"vector_{side}", height=150, persist_state="session")
                               for place, label, text, side in sides)  # fmt: skip
         layer = number(left, "Layer (at its end)", cfg.n_layers, "vector_layer", cfg.n_layers // 2)
         lines = [tuple(line for line in text.splitlines() if line.strip()) for text in (positive, negative)]

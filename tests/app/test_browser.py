@@ -164,6 +164,48 @@ def test_a_cell_is_clicked_inspected_and_found_again_by_its_address(visit, serve
     assert again.locator("h3").first.inner_text() == heading
 
 
+def focused(page) -> str:
+    """What the keyboard is at: its role or tag, and its name."""
+    return page.evaluate(
+        "() => { const e = document.activeElement; return [e.getAttribute('role') ?? e.tagName.toLowerCase(),"
+        " e.getAttribute('aria-label') ?? e.innerText].join(' '); }"
+    )
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in PAGES])
+def test_the_tab_key_reaches_every_control(visit, name):
+    """Pressed until the page ends, it has been in every element of the page that has a control and is not disabled."""
+    page = visit("" if name == PAGES[0].name else name)
+    for _ in range(300):  # a table takes a few, one for each of its columns
+        page.keyboard.press("Tab")
+        if page.evaluate(
+            "() => { const box = document.activeElement.closest('[data-testid=stElementContainer]');"
+            " if (box) box.dataset.reached = 1; return document.activeElement === document.body; }"
+        ):
+            break
+    missed = page.evaluate(
+        """() => [...document.querySelectorAll('[data-testid=stElementContainer]:not([data-reached])')].filter(box =>
+            [...box.querySelectorAll('input, button, textarea, [role=slider], [role=combobox], summary')].some(e =>
+                e.checkVisibility() && !e.disabled && !e.closest('[data-testid=stElementToolbar]'))).map(box => box.innerText)"""
+    )
+    assert missed == []
+
+
+def test_a_cell_is_patched_by_the_keyboard_alone(visit):
+    page = visit("patch")
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if focused(page).startswith("combobox") and "Layer of the cell" in focused(page):
+            break
+    else:
+        raise AssertionError("the menu of layers is out of the keyboard's reach")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("at=resid_pre"))
+    settled(page)
+    assert "resid_pre, layer" in page.locator("h3").first.inner_text()
+
+
 def test_two_sessions_at_once_get_the_numbers_of_one(visit):
     def numbers(page) -> list[str]:
         return re.findall(r"-?\d+\.\d{3}", text_of(page))
@@ -181,13 +223,13 @@ def test_two_sessions_at_once_get_the_numbers_of_one(visit):
 
 
 def test_a_running_job_is_watched_and_cancelled(visit, folder):
-    from interp.jobs import worker
+    from interp.jobs import runner
     from interp.jobs.spec import Job
     from interp.jobs.store import Runs
 
     job = Job("patch", "mini-gpt2", task="ioi", n=2000, options={"sites": "head"}, block=1)
     runs = Runs(folder / "interp-runs")
-    worker.submit(job, runs)
+    runner.submit(job, runs)
     try:
         page = visit(f"runs?run_id={job.id}")
         page.get_by_role("button", name="Cancel").click()

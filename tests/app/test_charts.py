@@ -1,6 +1,7 @@
 """Maps as ECharts options: every number of the array is in the option under its place, and nothing else is."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from app import circuits
 from app.charts import (
+    _SHARES,
     LABELLED,
     MARKS,
     MAX_SMALL,
@@ -22,6 +25,7 @@ from app.charts import (
     visible,
 )
 from interp.errors import OptionError
+from interp.plots import LOWERS, RAISES, SCALE
 from tests.small_pairs import refused
 
 HOSTILE = ["<script>alert(1)</script>", "\"'&", "a\nb", "\u200b", "\u202eabc", "{b}", ""]
@@ -81,6 +85,11 @@ def test_layer_0_is_at_the_bottom_and_the_unit_at_the_bar():
     assert option["visualMap"]["text"][0] == "logits"
     assert option["title"]["text"] == "Exact"
     assert "patched − clean" in option["title"]["subtext"]
+
+
+def test_a_difference_of_two_maps_says_whose_and_not_which_way_was_patched():
+    option = heatmap(layers_by_position(np.eye(2)).assign_attrs(difference="ours − theirs"))
+    assert option["title"]["subtext"] == "logit_diff (logits), ours − theirs, blue = above 0"
 
 
 def test_a_given_limit_and_subtitle_are_taken():
@@ -163,6 +172,66 @@ def test_small_maps_are_one_for_each_head_with_one_colour_range():
 def test_too_many_small_cells_are_refused_in_numbers():
     with refused(OptionError, f"more than {MAX_SMALL:,}"):
         attention_grid(np.zeros((40, 40, 40)), ["a"] * 40)
+
+
+def test_small_maps_have_axes_with_names():
+    option = attention_grid(causal(5, 3), ["a", "b", "c"])
+    assert [axis.get("name") for axis in option["yAxis"]] == ["query position →", None, None, None, "query position →"]
+    assert [bool(axis.get("name")) for axis in option["xAxis"]] == [False, True, True, True, True]
+
+
+# --------------------------------------------------------------------------------------------------------- colours
+
+# Machado, Oliveira and Fernandes 2009, "A physiologically-based model for simulation of color vision deficiency", severity 1,
+# on linear RGB
+EYES = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+TO_XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+
+
+def lab(colour: str, eyes: str) -> np.ndarray:
+    """CIE L*a*b* (D65) of a colour as these eyes see it."""
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.array(TO_XYZ) @ np.clip(np.array(EYES[eyes]) @ linear, 0, 1) / [0.95047, 1.0, 1.08883]
+    x, y, z = (np.cbrt(v) if v > (6 / 29) ** 3 else v / (3 * (6 / 29) ** 2) + 4 / 29 for v in (x, y, z))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def nearest(first, second, eyes: str) -> float:
+    """The smallest CIE76 distance of a colour here to another one there."""
+    return min(np.linalg.norm(lab(a, eyes) - lab(b, eyes)) for a in first for b in second if a != b)
+
+
+STOPS = [colour for _, colour in SCALE]
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_the_diverging_scale_is_told_apart_by_any_eyes(eyes):
+    """2.3 is a difference that is just noticed; equal sizes of either sign are ten times as far from each other, at least."""
+    assert all(nearest([a], [b], eyes) > 30 for a, b in zip(STOPS[:2], STOPS[:2:-1], strict=True))
+    lightness = [lab(colour, eyes)[0] for colour in STOPS]
+    assert np.all(np.diff(lightness[:3]) > 15), "size is lightness"
+    assert np.all(np.diff(lightness[2:]) < -15)
+    assert np.all(np.diff([lab(colour, eyes)[0] for colour in _SHARES]) < -5), "so is a share"
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_colours_of_kinds_are_told_apart_by_any_eyes(eyes):
+    pairs = [(RAISES, LOWERS), circuits.LIGHT, circuits.DARK]
+    assert all(nearest([a], [b], eyes) > 50 for a, b in pairs)
+    assert nearest([MARKS["pinned"]], [*STOPS, MARKS["selected"], "#ffffff"], eyes) > 30
+    assert nearest([MARKS["selected"]], STOPS, eyes) > 15
+    groups = [*circuits.GROUP_COLOURS, circuits.SELECTED]
+    assert min(nearest([a], [b], eyes) for a, b in combinations(groups, 2)) > 15
+    fills = dict.fromkeys(circuits._FILLS.values())
+    assert min(nearest([a], [b], eyes) for a, b in combinations(fills, 2)) > 11, (
+        "of large areas, whose names stand on them"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- tokens

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from app import cards, texts
+from app import cards, notebooks, texts
 from app import dictionaries as data
 from app.behaviour import Behaviour
 from app.locked import locked_model
@@ -181,6 +181,27 @@ def test_other_dictionaries(page):
         assert not at.exception
         assert not at.error
         assert at.subheader[0].value.split()[0] == ("Feature" if source == "snmf/1" else "Latent")
+
+
+def test_tables_and_code_are_taken_home(page):
+    at = page("features", n="2", texts="50", at="latent@27")
+    labels = [button.label for button in at.get("download_button")]
+    assert labels == ["Latents (CSV)", "Latents (parquet)", "Contexts (CSV)", "Contexts (parquet)", "Notebook (.py)"]
+
+
+@pytest.mark.parametrize(("source", "latent"), [(SAE, 114), ("snmf/1", 3)])
+def test_the_code_makes_what_the_page_shows(source, latent, capsys):
+    lines = notebooks.latent_code(source, 50, latent).splitlines()
+    names: dict = {}
+    exec(HERE.code() + "\n".join([*lines[:-1], f"effects = {lines[-1]}"]), names)
+    capsys.readouterr()
+    pd.testing.assert_frame_equal(names["effects"], data.effects("mini-gpt2", source, latent))
+    own = names["contexts"].query("latent == @latent").reset_index(drop=True)
+    pd.testing.assert_frame_equal(own, data.contexts_of("mini-gpt2", source, 50, latent))
+
+
+def test_where_the_way_to_the_logits_is_not_fixed_the_code_leaves_it_out():
+    assert "effects" not in notebooks.latent_code(SAE, 50, 1, writes=False)
 
 
 def test_the_zf_plot_is_drawn_on_demand(page):

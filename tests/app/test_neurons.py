@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from app import cards
+from app import cards, notebooks
 from app import dictionaries as data
 from app.behaviour import OWN, Behaviour
 from interp import clamp_effect, clamp_test, decode_neurons, find_neurons, load_model
@@ -150,6 +150,23 @@ def test_holding_and_testing(page):
     assert not at.exception
     assert not at.error
     assert any("others held at the same value" in caption.value for caption in at.caption)
+
+
+def test_tables_and_code_are_taken_home(page):
+    at = page("neurons", n="2", at="m3.n490")
+    labels = [button.label for button in at.get("download_button")]
+    assert labels == ["Neurons (CSV)", "Neurons (parquet)", "Tokens of m3.n490 (CSV)", "Tokens of m3.n490 (parquet)",
+                      "Notebook (.py)"]  # fmt: skip
+
+
+def test_the_code_makes_what_the_page_shows(capsys):
+    text = data.prompt_texts(HERE)[1]
+    code = notebooks.neuron_code("mini-gpt2", (3, 490), prompt=text, value=6.0, site="post", search=" Paris", layer=3)
+    lines, names = code.splitlines(), {}
+    exec(HERE.code() + "\n".join([*lines[:-1], f"effect = {lines[-1]}"]), names)
+    assert " Paris" in capsys.readouterr().out
+    columns = ["token", "before", "after", "difference"]
+    pd.testing.assert_frame_equal(names["effect"][columns], data.clamped(HERE, 1, 3, 490, 6.0))
 
 
 def test_a_gated_model_has_gates(page):

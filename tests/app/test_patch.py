@@ -9,7 +9,7 @@ from app.locked import locked_model
 from interp import activation_patching
 from interp.errors import OptionError, SiteError
 from interp.interventions import Patch
-from interp.jobs.store import now, save_arrays
+from interp.jobs.runner import run
 from interp.metrics import METRICS
 from tests.small_pairs import refused
 
@@ -87,11 +87,7 @@ def test_what_takes_long_is_offered_as_a_job(page, nothing_is_small):
 
 def test_a_finished_job_is_the_map(page, nothing_is_small):
     job = jobs.job_of(IOI, "patch", sites="head", metric="logit_diff", direction="noise", positions="all")
-    jobs.runs().create(job.id, job.to_dict())
-    save_arrays(
-        jobs.runs().path(job.id), "result", looking.exact_map(IOI, "head", "logit_diff", "noise"), about={"job": job.id}
-    )
-    jobs.runs().change(job.id, status="done", started=now(), finished=now())
+    run(job, jobs.runs())
     at = page("patch", n="3", site="head", direction="noise", at="head@1.2", rules="gradient")
     assert len(at.get("echarts_chart")) == 2
     np.testing.assert_array_equal(

@@ -156,3 +156,19 @@ def test_metrics_without_wrong_answers_do_without():
 @pytest.mark.parametrize(("token", "text"), [(" a", "`␣a`"), ("`", "`` ` ``"), ("a``b", "``` a``b ```")])
 def test_a_token_in_markdown_is_code(token, text):
     assert code(token) == text
+
+
+def test_a_cell_is_chosen_without_a_mouse(page):
+    at = page("prompt", n="2")
+    assert at.selectbox(key="lens_cell_row").value is None
+    at.selectbox(key="lens_cell_row").set_value(2).run()
+    last = len(at.selectbox(key="lens_cell_column").options) - 1
+    assert at.selectbox(key="lens_cell_column").value == last, "the place where the answer is read"
+    assert any(f"after 2 of 4 layers, position {last}" in text.value for text in at.markdown)
+    at.selectbox(key="lens_cell_column").set_value(3).run()
+    assert at.query_params["at"] in ("resid_pre@2@3", ["resid_pre@2@3"])
+
+
+def test_an_address_moves_the_menus_of_the_cell(page):
+    at = page("prompt", n="2", at="resid_pre@1@4")
+    assert [at.selectbox(key=f"lens_cell_{field}").value for field in ("row", "column")] == [1, 4]

@@ -9,10 +9,12 @@ from streamlit.testing.v1 import AppTest
 
 from app import jobs
 from app.behaviour import OWN, Behaviour
-from interp import activation_patching, attribution, compare, edge_patching
+from interp import activation_patching, compare
 from interp.errors import LoadError, OptionError, TaskError
+from interp.jobs.grid import Analysis, Grid
+from interp.jobs.runner import run
 from interp.jobs.spec import Job
-from interp.jobs.store import Runs, me, now, save_arrays
+from interp.jobs.store import Runs, now
 from tests.small_pairs import refused
 
 HEADS = {"sites": "head", "metric": "logit_diff", "direction": "denoise"}
@@ -27,20 +29,29 @@ def runs(tmp_path, monkeypatch) -> Runs:
 
 
 @pytest.fixture
-def finished(runs, mini_gpt2):
-    """`finished(kind, behaviour, **options)`: the id of a run that is done, computed here."""
+def computed(runs, mini_gpt2, monkeypatch):
+    """`computed(asked)`: the id of a job's or a grid's run that is done, computed here."""
+    monkeypatch.setattr("interp.jobs.worker.load_model", lambda *_, **__: mini_gpt2)
+    return lambda asked: run(asked, runs).id
+
+
+@pytest.fixture
+def finished(computed):
+    """`finished(kind, behaviour, **options)`: the id of one job's run that is done."""
 
     def made(kind="patch", behaviour=NOW, **options) -> str:
         options = options or ({} if kind == "edges" else HEADS)
-        job = jobs.job_of(behaviour, kind, **options)
-        analysis = {"patch": activation_patching, "attribute": attribution, "edges": edge_patching}[kind]
-        scores = analysis(mini_gpt2, job.pairs(mini_gpt2), **options)
-        runs.create(job.id, job.to_dict())
-        save_arrays(runs.path(job.id), "result", scores, about={"job": job.id})
-        runs.change(job.id, status="done", started=now(), finished=now())
-        return job.id
+        return computed(jobs.job_of(behaviour, kind, **options))
 
     return made
+
+
+@pytest.fixture
+def started(monkeypatch) -> list:
+    """Folders of the runs that would have been started, had this not been a test."""
+    folders: list = []
+    monkeypatch.setattr("interp.jobs.runner.start", lambda folder, lock: folders.append(folder))
+    return folders
 
 
 # ---------------------------------------------------------------------------------------------------- plain functions
@@ -61,6 +72,8 @@ def test_what_the_dashboard_does_not_take_is_refused():
     with refused(TaskError, "takes 1 to 64 pairs"):
         jobs.behaviour_of(Job("edges", "mini-gpt2", task="ioi", n=1000))
     two = ("a", "b")
+    with refused(TaskError, "is about a text"):
+        jobs.behaviour_of(Job("snmf", "mini-gpt2", options={"hook": "blocks.1.mlp.hook_post"}))
     with refused(TaskError, "one pair of own prompts"):
         jobs.behaviour_of(Job("edges", "mini-gpt2", clean=two, corrupt=two, answers=two))
 
@@ -84,20 +97,25 @@ def test_clicked_rows_are_ids_that_are_there(event, ids):
 
 def test_the_table_is_filtered_by_words_and_status(finished, runs):
     a, b = finished("patch"), finished("edges")
-    runs.create("f" * 16, Job("patch", "mini-llama", task="capitals", options={"sites": ["q", "k"]}).to_dict())
+    grid = Grid(
+        models=["mini-llama"], tasks=["capitals"], analyses=[Analysis("patch", grid={"sites": [["q", "k"], "z"][:1]})]
+    )
+    runs.create(grid)
     table = jobs.table()
-    assert table.id.tolist() == ["f" * 16, b, a]
+    assert table.id.tolist() == [grid.id, b, a]
     assert table.options.tolist()[0] == "q+k"
     assert jobs.table("PATCH gpt2").id.tolist() == [a]
-    assert jobs.table("", ("queued",)).id.tolist() == ["f" * 16]
+    with runs.lock(grid.id):
+        assert jobs.table("", ("queued",)).id.tolist() == [grid.id]
+    assert jobs.table("", ("failed",)).id.tolist() == [grid.id], "nobody is at work on it"
     assert jobs.table("patch", ("done",)).id.tolist() == [a]
     assert jobs.table("no such word").empty
 
 
 def test_a_damaged_run_is_listed_with_what_is_wrong(finished, runs):
     id = finished()
-    (runs.path(id) / "job.json").write_text("{")
-    assert "is not JSON" in jobs.table().options[0]
+    (runs.path(id) / "spec.json").write_text("{")
+    assert "is no JSON" in jobs.table().options[0]
     assert jobs.labels([id]) == {id: f"unreadable · {id}"}
 
 
@@ -209,28 +227,45 @@ def test_looking_at_a_runs_prompts(opened, finished):
     assert at.session_state["behaviour"] == Behaviour(task="capitals", n=3)
 
 
-def test_a_failed_run_says_why_and_goes_on(opened, runs, monkeypatch):
-    started = []
-    monkeypatch.setattr("interp.jobs.worker.start", started.append)
+def test_a_run_of_several_jobs_is_opened_job_by_job(opened, computed):
+    circuits = Analysis("circuit", {"n_resamples": 2}, {"method": ["eap", "clean-corrupted"]})
+    id = computed(
+        Grid(name="a grid", models=["mini-gpt2"], tasks=["ioi"], n=2, analyses=[Analysis("patch", HEADS), circuits])
+    )
+    assert jobs.table().jobs.tolist() == [3]
+    at = opened(id)
+    assert at.subheader[0].value == "a grid, 3 jobs"
+    assert len(at.get("echarts_chart")) == 1, "the first is a map"
+    last = jobs.grid(id).everything[2]
+    at.selectbox(key=f"job_of_{id}").set_value(last.id).run()
+    assert not at.exception
+    measures = next(d.value for d in at.dataframe if "measure" in d.value).set_index("measure").value
+    assert measures["cmd"] == float(jobs.result(id, last.id).cmd)
+    assert "lower is better" in texts(at)
+
+
+def test_a_failed_run_says_why_and_goes_on(opened, runs, started):
     job = jobs.job_of(NOW, "patch", **HEADS)
-    runs.create(job.id, job.to_dict())
+    runs.create(Grid(jobs=[job]))
     runs.change(job.id, status="failed", started=now(), finished=now(), error="the disk is full")
     at = opened(job.id)
     assert "the disk is full" in at.error[0].value
     at.button(key="runs_resume").click().run()
     assert started == [runs.path(job.id)]
-    assert runs.get(job.id).status == "queued"
+    with runs.lock(job.id):
+        assert runs.get(job.id).status == "queued"
 
 
 def test_a_running_job_shows_progress_and_is_cancelled(opened, runs):
     job = jobs.job_of(NOW, "patch", **HEADS)
-    runs.create(job.id, job.to_dict())
-    runs.change(job.id, status="running", started=now(), **me())
-    at = opened(job.id)
-    at.button(key=f"cancel_{job.id}").click().run()
-    assert not at.exception
-    assert runs.is_cancelled(job.id)
-    assert at.button(key=f"cancel_{job.id}").disabled
+    runs.create(Grid(jobs=[job]))
+    runs.change(job.id, status="running", started=now())
+    with runs.lock(job.id):
+        at = opened(job.id)
+        at.button(key=f"cancel_{job.id}").click().run()
+        assert not at.exception
+        assert runs.is_cancelled(job.id)
+        assert at.button(key=f"cancel_{job.id}").disabled
     runs.change(job.id, status="cancelled", finished=now())
     at.run()
     assert "It was cancelled" in texts(at)
@@ -247,9 +282,7 @@ def _patching(n: int):
     st.text("stopped" if found is None else f"{found.sizes['prompt']} prompts")
 
 
-def test_long_work_is_offered_as_a_job_watched_and_shown(runs, finished, monkeypatch):
-    started = []
-    monkeypatch.setattr("interp.jobs.worker.start", started.append)
+def test_long_work_is_offered_as_a_job_watched_and_shown(runs, finished, started):
     at = AppTest.from_function(_patching, kwargs={"n": 2}, default_timeout=60).run()
     assert "longer than a page should" in at.info[0].value
     assert at.text[0].value == "stopped"
@@ -257,7 +290,8 @@ def test_long_work_is_offered_as_a_job_watched_and_shown(runs, finished, monkeyp
     id = jobs.job_of(NOW, "patch", **HEADS).id
     at.button(key="submit").click().run()
     assert started == [runs.path(id)]
-    assert at.button(key=f"cancel_{id}").label == "Cancel"
+    with runs.lock(id):
+        assert at.run().button(key=f"cancel_{id}").label == "Cancel"
     finished()
     at.run()
     assert not at.exception
