@@ -50,7 +50,8 @@ def one_of(value: str, allowed, what: str, error: type[InterpError] = OptionErro
     allowed = [str(one) for one in allowed]
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise error(f"{value!r} is not a {what} (choose from {', '.join(allowed)}){hint}")
+    article = "an" if what[0] in "aeiou" else "a"
+    raise error(f"{value!r} is not {article} {what} (choose from {', '.join(allowed)}){hint}")
 
 
 def name_some(items: list, limit: int = 5) -> str:

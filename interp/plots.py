@@ -15,6 +15,7 @@ from interp.errors import OptionError
 
 RAISES, LOWERS, INK, GREY = "#2166ac", "#b2182b", "#24292f", "#d0d0d0"
 SCALE = [[0.0, "#67001f"], [0.25, "#d6604d"], [0.5, "#f7f7f7"], [0.75, "#4393c3"], [1.0, "#053061"]]
+_CHANGES = {"denoise": "patched − corrupt", "noise": "patched − clean", "both": "with − without the clean value"}
 _AXIS_TITLES = {
     "layer": "layer", "head": "head", "kv_head": "key/value head", "position": "position and token", "node": "component",
     "neuron": "neuron", "source": "key position and token", "prompt": "prompt", "n": "components kept",
@@ -58,14 +59,15 @@ def axis_labels(array: xr.DataArray, dim: str) -> list[str]:
 
 def colour_title(attrs: dict) -> str:
     """Unit and sign, for a colour bar."""
-    return ", ".join([*_score(attrs), "blue = raised"])
+    return ", ".join([*_score(attrs), f"blue = {'raised' if attrs.get('direction') in _CHANGES else 'positive'}"])
 
 
 def _score(attrs: dict) -> list[str]:
-    changes = {"denoise": "patched − corrupt", "noise": "patched − clean", "both": "with − without the clean value"}
     unit = f" ({attrs['unit']})" if attrs.get("unit") else ""
     estimated = "estimated " if "rules" in attrs else ""
-    return [f"{attrs.get('metric', 'effect')}{unit}", estimated + changes.get(attrs.get("direction"), "patched − base")]
+    if attrs.get("direction") not in _CHANGES:  # a logit lens, say, which is no difference of two runs
+        return [f"{attrs.get('metric', 'value')}{unit}"]
+    return [f"{attrs.get('metric', 'effect')}{unit}", estimated + _CHANGES[attrs["direction"]]]
 
 
 def _hover(mean: xr.DataArray, y_labels: list[str], x_labels: list[str]) -> np.ndarray:

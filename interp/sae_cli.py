@@ -35,18 +35,9 @@ class Text:
 
     def corpus(self, model) -> "Corpus":
         """The file's texts as token sequences."""
-        from interp.bundled import bundled_models, bundled_text
-        from interp.errors import OptionError
-        from interp.features.sources import Corpus, read_texts
+        from interp.features.sources import Corpus
 
-        path = self.text
-        if path is None:
-            if model.cfg.name not in bundled_models() or bundled_text() is None:
-                raise OptionError(f"there is no text for {model.cfg.name}: give a file with --text")
-            path = bundled_text()
-        if self.n_texts is not None and self.n_texts < 1:
-            raise OptionError(f"cannot read {self.n_texts} texts")
-        return Corpus.from_texts(model, read_texts(path)[: self.n_texts], context=self.context, name=Path(path).name)
+        return Corpus.from_file(model, self.text, n_texts=self.n_texts, context=self.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +126,19 @@ class TrainSAE(Text):
         print(f"{found}\n\nsaved: {(self.out / 'sae').resolve()}")
 
     def _config(self, widths: dict[str, int]):
-        from interp.features.config import WITH_K, SAEConfig
+        from interp.features.config import SAEConfig
 
-        d_in, transcoder = widths[self.hook], self.target_hook is not None
-        afa = {"corrected": {"k_max": self.k}, "faithful": {"normalize": "layer_norm"}}[self.afa]
-        return SAEConfig(**{
-            "architecture": self.architecture, "d_in": d_in, "d_sae": self.d_sae or 8 * d_in,
-            "d_out": widths[self.target_hook] if transcoder else None, "hook": self.hook, "target_hook": self.target_hook,
-            "k": (self.k or max(1, d_in // 8)) if self.architecture in WITH_K else None, "skip": self.skip,
-            "sparsity": self.sparsity, "afa": self.afa, "dead_after": self.dead_after,
-            "normalize": "expected_average_only_in", "apply_b_dec_to_input": not transcoder,
-            **(afa if self.architecture == "top-afa" else {}),
-        })  # fmt: skip
+        target = {"skip": self.skip}
+        if self.target_hook is not None:
+            target |= {
+                "d_out": widths[self.target_hook],
+                "target_hook": self.target_hook,
+                "apply_b_dec_to_input": False,
+            }
+        return SAEConfig.usual(
+            self.architecture, widths[self.hook], d_sae=self.d_sae, k=self.k, afa=self.afa, hook=self.hook,
+            sparsity=self.sparsity, dead_after=self.dead_after, **target,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

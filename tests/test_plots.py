@@ -121,7 +121,7 @@ def test_tokens_are_text_and_not_markup():
 def test_axes_without_coordinates_are_numbered():
     array = xr.DataArray(np.ones((2, 3)), dims=("layer", "position"))
     assert plots.axis_labels(array, "position") == ["0", "1", "2"]
-    assert plots.colour_title(array.attrs) == "effect, patched − base, blue = raised"
+    assert plots.colour_title(array.attrs) == "value, blue = positive"
 
 
 def ranking(n=5) -> pd.DataFrame:

@@ -193,7 +193,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 def test_a_model_without_bundled_text_needs_some(tiny_folder, tmp_path, capsys):
     assert run("train", "--model", tiny_folder("gpt2"), "--hook", HOOK, "--out", tmp_path / "o", "--quiet") == 2
-    assert "give a file with --text" in error(capsys)
+    assert "give a file with the option text" in error(capsys)
 
 
 def test_an_autoencoder_without_a_model_needs_one(tmp_path, capsys):

@@ -109,7 +109,9 @@ def stability(
 
     scores: [prompt, source, target]. n_edges or threshold, and the other options: as `Circuit.from_scores` takes them.
     Returns jaccard (mean over all pairs of resampled circuits), jaccard_low and jaccard_high (2.5 % and 97.5 % of the pairs),
-    to_whole (mean Jaccard with the circuit of all prompts), and frequency [source, target]: the share of resamples with the edge.
+    to_whole (mean Jaccard with the circuit of all prompts), frequency [source, target]: the share of resamples with the edge, and
+    empty: the share of resamples whose circuit has no edge at all, dead ends being pruned; two empty circuits count as equal, so
+    a high Jaccard of empty circuits says nothing.
     """
     if "prompt" not in scores.dims:
         raise OptionError("stability needs scores of every prompt, and these have been averaged")
@@ -137,7 +139,7 @@ def stability(
     names = {"source": writers(ranked.graph), "target": readers(ranked.graph)}
     return xr.Dataset(
         {"jaccard": pairs.mean(), "jaccard_low": low, "jaccard_high": high,
-         "to_whole": to_whole, "frequency": (("source", "target"), frequency)},
+         "to_whole": to_whole, "empty": float((union.diagonal() == 0).mean()), "frequency": (("source", "target"), frequency)},
         coords=names,
         attrs={"method": "stability", "n_resamples": n_resamples, "resampling_seed": seed, "n_prompts": len(values),
                "n_edges": whole.n_edges, **{k: v for k, v in asked.items() if v is not None}},
@@ -146,9 +148,10 @@ def stability(
 
 def stability_text(stability: xr.Dataset) -> str:
     """One line: how much circuits from resampled prompts have in common."""
-    a = stability.attrs
+    a, empty = stability.attrs, float(stability.empty)
+    nothing = f"; {empty:.0%} of the resamples' circuits are empty, and those count as equal" if empty else ""
     return (
         f"{a['n_resamples']} bootstrap resamples of {a['n_prompts']} prompts: mean pairwise Jaccard "
         f"{float(stability.jaccard):.2f} (95 % of pairs {float(stability.jaccard_low):.2f} to "
-        f"{float(stability.jaccard_high):.2f}); 0.8 and more is called stable"
+        f"{float(stability.jaccard_high):.2f}); 0.8 and more is called stable{nothing}"
     )

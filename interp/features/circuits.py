@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.directions import SIDES, Direction
-from interp.errors import OptionError, one_of
+from interp.errors import OptionError, RulesError, one_of
 from interp.features.attribution import (
     ERROR,
     feature_attribution,
@@ -80,7 +80,11 @@ class FeatureCircuit:
             self.nodes.to_string(index=False, float_format=lambda v: f"{v:+.4f}", max_rows=30),
         ]
         if len(self.edges):
-            lines += ["", self.edges.head(20).to_string(index=False, float_format=lambda v: f"{v:+.4f}")]
+            lines += [
+                "",
+                f"edges, slopes of the corrupt run by rules {self.edges.attrs['rules']}: positive helps the clean answer",
+                self.edges.head(20).to_string(index=False, float_format=lambda v: f"{v:+.4f}"),
+            ]
         return "\n".join(lines)
 
     def to_networkx(self) -> nx.DiGraph:
@@ -99,7 +103,8 @@ def feature_circuit(
 ) -> FeatureCircuit:  # fmt: skip
     """The n_nodes latents and error terms with the largest mean effects, the first `check` of them patched exactly.
 
-    Other options as `feature_attribution`'s. edges: also score edges between nodes of neighbouring SAEs (`feature_edges`).
+    Other options as `feature_attribution`'s. edges: also score edges between nodes of neighbouring SAEs (`feature_edges`), by the
+    same rules; by the plain gradient, and the table says so, where those lie between two runs.
     """
     if n_nodes < 1 or check < 0:
         raise OptionError(f"a circuit has at least 1 node and checks 0 or more, not {n_nodes} and {check}")
@@ -116,7 +121,8 @@ def feature_circuit(
         tested = feature_patching(model, pairs, saes, names[:check], metric=metric, direction=direction)
         exact[:check] = tested.mean("prompt").values
     nodes = pd.DataFrame({"node": names, "estimate": mean[order], "exact": exact})
-    found = feature_edges(model, pairs, saes, names, rules=rules, metric=metric) if edges else _no_edges()
+    one_run = "gradient" if get_rules(rules).needs_source else rules
+    found = feature_edges(model, pairs, saes, names, rules=one_run, metric=metric) if edges else _no_edges()
     return FeatureCircuit(nodes, found, scores, feature_faithfulness(model, pairs, saes, names, metric=metric))
 
 
@@ -183,11 +189,13 @@ def feature_edges(
 
     in the corrupt run, mean over prompts; one backward pass per target. SAEs are neighbours in the order in which the model
     reaches them; what goes from one to the other on any way counts, and only latents that fire in the corrupt run have a slope.
+    A positive weight helps the clean answer, whatever the direction that nodes were scored in. Raises `RulesError` for rules that
+    lie between two runs: an SAE inside was not run on both.
     """
     canonical(model, "Edges between latents")
     rules, metric, saes = get_rules(rules), get_metric(metric), place_saes(model, saes)
     if rules.needs_source:
-        rules = get_rules("gradient")  # slopes between two runs have no meaning inside an SAE that was not run on both
+        raise RulesError(f"rules {rules.name!r} lie between two runs, and edges between latents are slopes of one")
     places = {hook: place_of(hook, sae) for hook, sae in saes.items()}  # two may share one
     reached = list(record(model, pairs.corrupt[:1], places.values(), copy=False))  # in the order of the pass
     order = sorted(saes, key=lambda hook: reached.index(places[hook]))
@@ -210,6 +218,7 @@ def feature_edges(
                 weight = float(rest if source == ERROR else by_latent[source])
                 rows.append((node_name(first, source), node_name(second, target), weight))
     table = pd.DataFrame(rows, columns=["source", "target", "weight"]) if rows else _no_edges()
+    table.attrs["rules"] = rules.name
     return table.reindex(table["weight"].abs().sort_values(ascending=False, kind="stable").index).reset_index(drop=True)
 
 

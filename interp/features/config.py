@@ -122,6 +122,23 @@ class SAEConfig:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise OptionError(f"{name} must be positive, not {value}")
 
+    @classmethod
+    def usual(
+        cls, architecture: str, d_in: int, *, d_sae: int | None = None, k: int | None = None, afa: str = "corrected", **options
+    ) -> "SAEConfig":  # fmt: skip
+        """What one would start with: inputs scaled to norm sqrt(d_in) on average, 8 latents per channel, k an eighth of them.
+
+        Top-AFA takes k as its upper bound, if there is one; published to the letter, it sees layer-normed inputs. options: of the
+        config.
+        """
+        own: dict = {"normalize": "expected_average_only_in"}
+        if architecture in WITH_K:
+            own["k"] = max(1, d_in // 8) if k is None else k
+        if architecture == "top-afa":
+            own |= {"k_max": k} if afa == "corrected" else {"normalize": "layer_norm"}
+        width = 8 * d_in if d_sae is None else d_sae
+        return cls(**{"architecture": architecture, "d_in": d_in, "d_sae": width, "afa": afa, **own, **options})
+
     @property
     def transcoder(self) -> bool:
         """Whether the target is another activation than the input."""

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.bundled import bundled_models, bundled_text
 from interp.errors import OptionError, SiteError, TaskError
 from interp.model.run import config_of, record
 
@@ -81,9 +82,19 @@ class Corpus:
         return cls(tokens, lengths, name)
 
     @classmethod
-    def from_file(cls, model, path: str | Path, *, context: int = 128) -> "Corpus":
-        """The texts of a file: see `read_texts`."""
-        return cls.from_texts(model, read_texts(path), context=context, name=Path(path).name)
+    def from_file(
+        cls, model, path: str | Path | None = None, *, n_texts: int | None = None, context: int = 128
+    ) -> "Corpus":
+        """The first n_texts (None: all) of a file, see `read_texts`; without a file, of what bundled models were trained on.
+
+        Raises `OptionError` for a model that is not bundled, if there is no file.
+        """
+        if n_texts is not None and n_texts < 1:
+            raise OptionError(f"cannot read {n_texts} texts")
+        if path is None and (model.cfg.name not in bundled_models() or bundled_text() is None):
+            raise OptionError(f"there is no text for {model.cfg.name}: give a file with the option text")
+        path = Path(bundled_text() if path is None else path)
+        return cls.from_texts(model, read_texts(path)[:n_texts], context=context, name=path.name)
 
     def split(self, share: float, *, seed: int = 0) -> tuple["Corpus", "Corpus"]:
         """(the rest, about `share` of the sequences at random): what to train on and what to judge by."""
