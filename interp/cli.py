@@ -8,6 +8,7 @@
     interp edges --task capitals --n 8                every edge of the model's graph
     interp sae train / eval / show                    sparse autoencoders (interp.sae_cli)
     interp neurons decode / find / clamp              neurons' weights as tokens (interp.neurons_cli)
+    interp run GRID.toml / interp runs list ...       batches of jobs, and what came of them (interp.runs_cli)
     interp app                                        the dashboard, in the browser (interp.app_cli)
     interp models / interp tasks / interp rules       what there is
 
@@ -25,6 +26,7 @@ import tyro
 
 from interp.app_cli import App
 from interp.neurons_cli import NeuronCommands
+from interp.runs_cli import RunGrid, RunsCommands
 from interp.sae_cli import SAECommands
 
 if TYPE_CHECKING:
@@ -367,6 +369,8 @@ Command = (
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[SAECommands, tyro.conf.subcommand("sae")]
     | Annotated[NeuronCommands, tyro.conf.subcommand("neurons")]
+    | Annotated[RunGrid, tyro.conf.subcommand("run")]
+    | Annotated[RunsCommands, tyro.conf.subcommand("runs")]
     | Annotated[App, tyro.conf.subcommand("app")]
 )
 

@@ -8,49 +8,38 @@ bits is in it; where the job runs and where its files lie is not.
 """
 
 import hashlib
-import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from functools import cached_property, lru_cache
 from typing import Any
 
-from interp.circuits.exact import edge_patching
 from interp.directions import BASES
 from interp.errors import OptionError, TaskError, one_of
-from interp.files import write_atomically
+from interp.jobs.kinds import KINDS, options_of
 from interp.metrics import METRICS
-from interp.node_attribution import attribution
-from interp.patching import activation_patching
 from interp.rules import get_rules
 from interp.sites import SITES
 from interp.tasks.named import TASKS, load_task
 from interp.tasks.pairs import PromptPairs
 
-FORMAT = "interp-job-1"
-ANALYSES: dict[str, Callable] = {"patch": activation_patching, "attribute": attribution, "edges": edge_patching}
-_RUNNING = ("max_memory", "batch_size", "announce", "progress")  # the runner's to choose
+FORMAT = "interp-job-2"
 _TEXTS = ("clean", "corrupt", "answers", "wrong_answers")
 _BITS = 64  # of the hash in an id: two of a million jobs share one with probability 3e-8
-
-
-def options_of(kind: str) -> tuple[str, ...]:
-    """Names of the options that a kind of job takes: its analysis' own, less those that say how it runs."""
-    analysis = ANALYSES[one_of(kind, ANALYSES, "kind of job")]
-    found = [name for name in inspect.signature(analysis).parameters if name not in ("model", "pairs", *_RUNNING)]
-    return tuple(found)
+_HELD_OUT = 1_000_003  # how far the seed of pairs to judge by is from that of the pairs that are looked at
 
 
 @dataclass(frozen=True)
 class Job:
     """One analysis to run. Everything is checked that can be without the model; the model's own limits come up when it runs.
 
-    kind: "patch" (`activation_patching`), "attribute" (`attribution`) or "edges" (`edge_patching`).
-    model: a bundled model, a folder in Hugging Face's layout, or a hub name.
-    task: a named task, of which n pairs are drawn by a seed; or None with prompts of one's own as texts, one answer each.
+    kind: of `interp.jobs.kinds.KINDS`.
+    model: a bundled model, a folder in Hugging Face's layout, or a hub name. dtype: default the checkpoint's.
+    task: a named task, of which n pairs are drawn by a seed, with its corruption and template as in `load_task`; or None with
+        prompts of one's own as texts, one answer each. Kinds of text have neither, and a seed.
     options: the analysis' keyword options as plain values (sites, metric, direction, rules, ...).
-    block: prompts per shard, which is what an interruption loses at most.
+    block: prompts per shard, which is what an interruption loses at most; kinds that need all prompts at once have one shard.
 
     Raises `OptionError` or `TaskError` naming what is wrong and the nearest right name.
     """
@@ -60,30 +49,45 @@ class Job:
     task: str | None = None
     n: int = 8
     seed: int = 0
+    corruption: str | None = None
+    template: int | None = 0
     clean: Sequence[str] = ()
     corrupt: Sequence[str] = ()
     answers: Sequence[str] = ()
     wrong_answers: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    dtype: str | None = None
     block: int = 8
 
     def __post_init__(self) -> None:
-        known = options_of(self.kind)
+        kind = KINDS[one_of(self.kind, KINDS, "kind of job")]
         for name in _TEXTS:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        self._check_prompts()
         for name, least in (("n", 1), ("seed", 0), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name} of a job is a whole number, at least {least}, not {value!r}")
-        if not isinstance(self.model, str) or not self.model:
-            raise OptionError(f"a job's model is a name or a folder, not {self.model!r}")
+        for name in ("model", "task", "corruption", "dtype"):
+            value = getattr(self, name)
+            if not ((isinstance(value, str) and value) or (value is None and name != "model")):
+                raise OptionError(f"a job's {name} is a name{' or a folder' if name == 'model' else ''}, not {value!r}")
+        if self.template is not None and (not isinstance(self.template, int) or isinstance(self.template, bool)):
+            raise OptionError(f"a job's template is a number or none, not {self.template!r}")
         if not isinstance(self.options, Mapping):
             raise OptionError(f"a job's options are names with values, not {self.options!r}")
-        for name in self.options:
-            one_of(name, known, f"option of a {self.kind} job")
         object.__setattr__(self, "options", {name: _plain(name, value) for name, value in self.options.items()})
-        self._check_options()
+        _check_options(self.kind, json.dumps(self.options))
+        if kind.of == "text":
+            self._check_text()
+        else:
+            self._check_prompts()
+        if not kind.splits:
+            object.__setattr__(self, "block", self.n)
+
+    def _check_text(self) -> None:
+        if self.task is not None or self.clean:
+            raise TaskError(f"a job of kind {self.kind} is about a text, and takes no task and no prompts")
+        self._ask_nothing(n=1, corruption=None, template=0)
 
     def _check_prompts(self) -> None:
         if self.task is None and not self.clean:
@@ -98,24 +102,14 @@ class Job:
                 raise TaskError(
                     f"{len(getattr(self, name))} {name.replace('_', ' ')} for {len(self.clean)} clean prompts"
                 )
-        # n and seed draw nothing here, and must not make two jobs of one question
-        object.__setattr__(self, "n", len(self.clean))
-        object.__setattr__(self, "seed", 0)
+        self._ask_nothing(n=len(self.clean), seed=0, corruption=None, template=0)
 
-    def _check_options(self) -> None:
-        options = self.options
-        if "sites" in options_of(self.kind):
-            if not options.get("sites"):
-                raise OptionError(f"a {self.kind} job needs sites")
-            for site in _listed(options["sites"]):
-                one_of(site, SITES, "site")
-        for metric in _listed(options.get("metric", [])):
-            one_of(metric, METRICS, "metric")
-        one_of(options.get("direction", "denoise"), BASES, "direction")
-        if "rules" in options:
-            get_rules(options["rules"])
+    def _ask_nothing(self, **values: Any) -> None:
+        """Set what changes nothing here to one value: two jobs of one question are one job."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """16 hexadecimal digits of the hash of what is asked."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -127,12 +121,12 @@ class Job:
         return {"format": FORMAT, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, source: str | Path = "the job") -> "Job":
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "the job") -> "Job":
         """The job of a JSON object. source: where it came from, for messages. Unknown keys are an `OptionError`."""
         if not isinstance(values, Mapping):
             raise OptionError(f"{source} holds no JSON object")
-        if values.get("format") != FORMAT:
-            raise OptionError(f"{source} is of format {values.get('format')!r}, and this reads {FORMAT}")
+        if values.get("format", FORMAT) != FORMAT:
+            raise OptionError(f"{source} is of format {values['format']!r}, and this reads {FORMAT}")
         names = [f.name for f in fields(cls)]
         for name in values:
             one_of(name, ["format", *names], f"key of a job ({source})")
@@ -140,36 +134,49 @@ class Job:
             raise OptionError(f"{source} lacks {', '.join(missing)}")
         return cls(**{name: values[name] for name in names if name in values})
 
-    def to_file(self, path: str | Path) -> Path:
-        """Write it as JSON."""
-        return write_atomically(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    def pairs(self, model) -> PromptPairs | None:
+        """All its prompt pairs, in the model's tokens; None for a kind that is about a text."""
+        return self._pairs(model, self.seed)
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Job":
-        """Read it back. Raises `OptionError` naming the file, and in it what is missing or unknown."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise OptionError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise OptionError(f"{path} is not JSON: {error}") from None
-        return cls.from_dict(values, source=path)
+    def held_out(self, model) -> PromptPairs | None:
+        """As many pairs of its task by another seed, to judge by; None where the prompts are its own."""
+        return None if self.task is None else self._pairs(model, self.seed + _HELD_OUT)
 
-    def pairs(self, model) -> PromptPairs:
-        """All its prompt pairs, in the model's tokens."""
+    def _pairs(self, model, seed: int) -> PromptPairs | None:
         if self.task is not None:
-            return load_task(self.task, model, n=self.n, seed=self.seed)
+            return load_task(self.task, model, n=self.n, seed=seed, corruption=self.corruption, template=self.template)
+        if not self.clean:
+            return None
         return PromptPairs.from_text(
             model, clean=self.clean, corrupt=self.corrupt, answers=self.answers, wrong_answers=self.wrong_answers or None
         )  # fmt: skip
 
-    def run(self, model, pairs: PromptPairs, **running: Any):
-        """Its analysis of these pairs. running: batch_size, max_memory, announce or progress."""
-        return ANALYSES[self.kind](model, pairs, **self.options, **running)
-
     def __str__(self) -> str:
         about = ", ".join(f"{_said(v)}" if k == "sites" else f"{k} {_said(v)}" for k, v in self.options.items())
-        return f"{self.kind} {self.model} on {self.task or 'own prompts'}{f' ({about})' if about else ''}, n {self.n}"
+        asked = f"{self.kind} {self.model}{f' ({about})' if about else ''}"
+        if KINDS[self.kind].of == "text":
+            return f"{asked}, seed {self.seed}"
+        return f"{asked} on {self.task or 'own prompts'}, n {self.n}{f', seed {self.seed}' if self.task else ''}"
+
+
+@lru_cache(maxsize=4096)
+def _check_options(kind: str, text: str) -> None:
+    """Check the options of a kind, given as JSON: a grid asks of many jobs what it asks of one."""
+    options, known = json.loads(text), options_of(kind)
+    for name in options:
+        one_of(name, known, f"option of a {kind} job")
+    if "sites" in known:
+        if not options.get("sites"):
+            raise OptionError(f"a {kind} job needs sites")
+        for site in _listed(options["sites"]):
+            one_of(site, SITES, "site")
+    if KINDS[kind].of == "text" and not options.get("hook"):
+        raise OptionError(f"a {kind} job needs a hook, as blocks.2.mlp.hook_post")
+    for metric in _listed(options.get("metric") or []):
+        one_of(metric, METRICS, "metric")
+    one_of(options.get("direction", "denoise"), BASES, "direction")
+    if "rules" in options:
+        get_rules(options["rules"])
 
 
 def _said(value: Any) -> str:

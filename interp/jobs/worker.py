@@ -1,226 +1,191 @@
-"""The process that runs one job: `python -m interp.jobs.worker FOLDER`, FOLDER being a run's (`interp.jobs.store`).
+"""Where shards are computed: a process that keeps one model and the prompts of the job in hand.
 
-Prompts are taken in blocks. The scores of each block are a shard, a file by itself; a shard that is there and whole, of this
-job and of this model, is not computed again. At the end the shards become one result: the bits of the analysis run at once with
-`batch_size=job.block`, and those of all prompts in one batch up to rounding.
+    python -m interp.jobs.worker FD THREADS SHARE [DEVICE]     answers what comes through a socket, and ends when that does
 
-    status       how it came to it                                exit status
-    done         the result is written                            0
-    failed       an error; run.json and log.txt say which         1, or 2 if the job itself is at fault
-    cancelled    a file `cancel` was seen between blocks          130
-    interrupted  SIGTERM or SIGINT; the block in hand is lost     130
-
-Two workers on one folder do not disturb each other: the second sees the first's lock and leaves.
+A shard is asked for as JSON. The answer is a `Reply`: a line of JSON and the bytes of what is to be kept, a parquet table first;
+no pickle either way. The process writes nothing: who asked keeps the result, so a worker can be killed at any moment.
 """
 
-import fcntl
+import json
 import os
 import signal
-import subprocess
 import sys
-import threading
-import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from multiprocessing.connection import Connection
 
-import numpy as np
 import psutil
+import torch
 import xarray as xr
 
-import interp
-import interp_kernels
-from interp.errors import InterpError, OptionError
+from interp.errors import InterpError, LoadError
 from interp.grids import position_labels
+from interp.jobs.arrays import to_table
+from interp.jobs.kinds import KINDS, Output, plans_memory
+from interp.jobs.shards import Shard, identity
 from interp.jobs.spec import Job
-from interp.jobs.store import Progress, Run, Runs, load_arrays, me, now, save_arrays
+from interp.jobs.store import digest, table_bytes
 from interp.model.load import load_model
-from interp.provenance import provenance
+from interp.model.transformer import Transformer
+from interp.sweep import memory_limit
 from interp.tasks.pairs import PromptPairs
 
+_READY = b"null"
 _LABELS = {"token": "position", "source_token": "source"}  # what depends on the prompts of all shards together
 
 
-class Cancelled(Exception):
-    """Somebody asked for the end of this run."""
+@dataclass(frozen=True)
+class Reply:
+    """What became of a shard. error: nothing, or why there is no table; mend: whether it is the asker's to mend."""
+
+    shard: str
+    table: bytes = b""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    dataset: str = ""
+    error: str = ""
+    mend: bool = False
+
+    def parts(self) -> list[bytes]:
+        """It as bytes: a line of JSON, the table, and the files in the line's order."""
+        about = {
+            "shard": self.shard,
+            "files": list(self.files),
+            "dataset": self.dataset,
+            "error": self.error,
+            "mend": self.mend,
+        }
+        return [json.dumps(about).encode(), self.table, *self.files.values()]
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[bytes]) -> "Reply":
+        """The reply whose parts these are."""
+        about, table, *files = parts
+        values = json.loads(about)
+        return cls(**{**values, "table": table, "files": dict(zip(values["files"], files, strict=True))})
+
+    def send(self, pipe: Connection) -> None:
+        """Write it to a pipe."""
+        for part in self.parts():
+            pipe.send_bytes(part)
+
+    @classmethod
+    def receive(cls, pipe: Connection) -> "Reply | None":
+        """Read one from a pipe; None is a worker's word that it is ready. Raises `EOFError` if the other end is gone."""
+        if (values := json.loads(about := pipe.recv_bytes())) is None:
+            return None
+        return cls.from_parts([about, *(pipe.recv_bytes() for _ in range(1 + len(values["files"])))])
 
 
-class Interrupted(BaseException):
-    """The machine asks for the end of this process."""
+class Workbench:
+    """One model at a time, on one device, and the prompt pairs of the job that was last asked for.
 
-
-def submit(job: Job, runs: Runs) -> Run:
-    """Have a job done by a process of its own, unless that is done or under way already; its manifest.
-
-    A run that failed, was cancelled or interrupted is taken up where it ended.
+    share: of how many that share a device this is one; each plans with its part of the memory that is free.
     """
-    if job.id in runs and ((run := runs.get(job.id)).active or run.status == "done"):
-        return run
-    run = runs.create(job.id, job.to_dict())
-    start(runs.path(job.id))
-    return run
 
+    def __init__(self, device: str | None = None, share: int = 1):
+        self.device, self.share = device, share
+        self._model: tuple[tuple[str, str | None, str], Transformer] | None = None
+        self._pairs: tuple[str, PromptPairs | None, PromptPairs | None] | None = None
 
-def start(folder: Path) -> subprocess.Popen:
-    """Start the worker of a run's folder. It belongs to no terminal, so Ctrl-C of a dashboard leaves it at work."""
-    # the worker imports what this process imports, also where the packages are on the path by chance of the working folder
-    roots = [str(Path(package.__file__).resolve().parents[1]) for package in (interp, interp_kernels)]
-    path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with open(folder / "log.txt", "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "interp.jobs.worker", str(folder.resolve())], stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-    # somebody has to wait for a child, or it stays in the process table when it has ended
-    threading.Thread(target=process.wait, name=f"reaper of {folder.name}", daemon=True).start()
-    return process
-
-
-def blocks(job: Job) -> list[tuple[int, int]]:
-    """First prompt of each shard, and the first beyond it."""
-    return [(first, min(first + job.block, job.n)) for first in range(0, job.n, job.block)]
-
-
-def work(runs: Runs, id: str) -> Run:
-    """Run a job in this process, block by block, and write its result. Returns the manifest of the finished run.
-
-    Raises `Cancelled` between blocks; whatever the analysis raises; `OptionError` if the folder holds another job.
-    """
-    job = Job.from_file(runs.path(id) / "job.json")
-    if job.id != id:
-        raise OptionError(f"the folder {runs.path(id)} holds the job {job.id}")
-    ranges, began = blocks(job), time.monotonic()
-
-    def tell(stage: str, done: int = 0, eta: float | None = None) -> None:
-        if runs.is_cancelled(id):
-            raise Cancelled
-        runs.set_progress(id, Progress(done, job.n, stage, time.monotonic() - began, eta))
-
-    tell("loading the model")
-    model = load_model(job.model)
-    tell("making the prompt pairs")
-    pairs = job.pairs(model)
-    about = provenance(model, pairs)
-    runs.change(id, provenance=about, shards=len(ranges))
-    shards, computed, spent = [], 0, 0.0
-    for first, beyond in ranges:
-        shard = _shard(runs.path(id), job, first, beyond, about)
-        if shard is None:
-            left = job.n - first
-            tell("computing", first, spent / computed * left if computed else None)
-            start_of_block = time.monotonic()
-            shard = job.run(model, pairs.take(slice(first, beyond)), batch_size=job.block)
-            save_arrays(runs.path(id) / "shards", _name(first, beyond), shard, about={"job": id})
-            computed, spent = computed + beyond - first, spent + time.monotonic() - start_of_block
-        shards.append(shard)
-    tell("writing the result", job.n)
-    save_arrays(runs.path(id), "result", merged(shards, pairs), about={"job": id})
-    runs.set_progress(id, Progress(job.n, job.n, "done", time.monotonic() - began, 0.0))
-    return runs.change(id, status="done", finished=now(), error="")
-
-
-def merged(shards: Sequence[xr.DataArray | xr.Dataset], pairs: PromptPairs) -> xr.DataArray | xr.Dataset:
-    """One result from the results of successive blocks of the pairs, labelled as if they had been run at once."""
-    first = shards[0]
-    if isinstance(first, xr.Dataset):
-        arrays = {name: merged([shard[name] for shard in shards], pairs) for name in first.data_vars}
-        coords = {name: c for array in arrays.values() for name, c in array.coords.items()}
-        variables = {name: (a.dims, a.values, a.attrs) for name, a in arrays.items()}
-        return xr.Dataset(variables, coords, {**first.attrs, "n_prompts": len(pairs)})
-    coords: dict[str, Any] = {}
-    for name, coord in first.coords.items():
-        if name in _LABELS:
-            axis = _LABELS[name]
-            coords[name] = (axis, position_labels(pairs, first[axis].values.tolist()))
-        else:
-            coords[name] = (coord.dims, _joined([shard.coords[name].variable for shard in shards]))
-    coords["prompt"] = range(len(pairs))
-    values = _joined([shard.variable for shard in shards])
-    return xr.DataArray(values, coords, first.dims, first.name, {**first.attrs, "n_prompts": len(pairs)})
-
-
-def _joined(parts: Sequence[xr.Variable]) -> np.ndarray:
-    """Values one after the other along the prompts; what has no prompts is the same in all parts."""
-    if "prompt" not in parts[0].dims:
-        return parts[0].values
-    return np.concatenate([part.values for part in parts], parts[0].dims.index("prompt"))
-
-
-def _name(first: int, beyond: int) -> str:
-    return f"{first:05d}-{beyond:05d}"
-
-
-def _shard(folder: Path, job: Job, first: int, beyond: int, about: dict) -> xr.DataArray | xr.Dataset | None:
-    """The shard of these prompts if it is there, whole, of this job, and of the model and libraries of today."""
-    try:
-        shard = load_arrays(folder / "shards", _name(first, beyond), about={"job": job.id})
-    except OptionError:
-        return None
-    same = all(shard.attrs.get(key) == value for key, value in about.items() if key != "n_prompts")
-    return shard if same and shard.sizes["prompt"] == beyond - first else None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other worker holds this folder; it is held until the end of the block, or of the process."""
-    with open(folder / "lock", "ab") as file:
+    def compute(self, shard: Shard, wanted: str) -> Reply:
+        """The reply to a shard. wanted: the identity that its model has to have. Errors are replies too."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+            output = self._output(shard, wanted)
+            dataset = dataset_digest(self._pairs[1])
+            about = {"shard": shard.id, "job": shard.job.id, "first": shard.first, "beyond": shard.beyond, "dataset": dataset,
+                     "files": {name: digest(content) for name, content in output.files.items()}}  # fmt: skip
+            return Reply(shard.id, table_bytes(to_table(output.scores, about)), output.files, dataset)
+        except InterpError as error:
+            return Reply(shard.id, error=str(error), mend=True)
+        except Exception as error:
+            traceback.print_exc()
+            return Reply(shard.id, error=f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _output(self, shard: Shard, wanted: str) -> Output:
+        job = shard.job
+        model, kind = self.model(job, wanted), KINDS[job.kind]
+        running: dict[str, int] = {} if kind.splits else {"seed": job.seed}
+        if self.share > 1 and plans_memory(job.kind):
+            running["max_memory"] = memory_limit(model.device, None) // self.share
+        if self._pairs is None or self._pairs[0] != job.id:
+            apart = None if kind.splits or kind.of == "text" else job.held_out(model)
+            self._pairs = (job.id, job.pairs(model), apart)
+        _, pairs, held_out = self._pairs
+        if kind.of == "text":
+            return kind.analysis(model, **job.options, **running)
+        if not kind.splits:
+            return Output(kind.analysis(model, pairs, held_out, **job.options, **running))
+        block = pairs.take(slice(shard.first, shard.beyond))
+        scores = kind.analysis(model, block, **job.options, **running, batch_size=job.block)
+        return Output(relabelled(scores, pairs))
+
+    def model(self, job: Job, wanted: str) -> Transformer:
+        """The job's model, loaded if it is not the last one. Raises `LoadError` if its weights are not those wanted."""
+        key = (job.model, job.dtype, wanted)
+        if self._model is None or self._model[0] != key:
+            self._model = self._pairs = None  # room for the next one
+            if (found := identity(job.model)) != wanted:
+                raise LoadError(f"{job.model} is {found} here, and this run is of {wanted}: its files have changed")
+            self._model = (key, load_model(job.model, device=self.device, dtype=job.dtype))
+        return self._model[1]
 
 
-def _interrupt(number: int, frame: object) -> None:
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)  # once is enough, and the manifest is to be written in peace
-    raise Interrupted
+def relabelled(result: xr.DataArray | xr.Dataset, pairs: PromptPairs) -> xr.DataArray | xr.Dataset:
+    """The result of some of the pairs, with positions labelled by what all of them have there."""
+    return result.assign_coords({
+        name: (axis, position_labels(pairs, result[axis].values.tolist()))
+        for name, axis in _LABELS.items() if name in result.coords
+    })  # fmt: skip
+
+
+def dataset_digest(pairs: PromptPairs | None) -> str:
+    """16 hexadecimal digits of the prompts and answers of some pairs, as tokens; nothing of none."""
+    if pairs is None:
+        return ""
+    found = sha256()
+    for name in ("clean", "corrupt", "answers", "wrong_answers", "lengths"):
+        if (value := getattr(pairs, name)) is not None:
+            found.update(f"{name} {value.shape} {value.tolist()}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def asked(shard: Shard, wanted: str) -> bytes:
+    """A shard as a worker is asked for it."""
+    values = {
+        "job": shard.job.to_dict(),
+        "first": shard.first,
+        "beyond": shard.beyond,
+        "shard": shard.id,
+        "wanted": wanted,
+    }
+    return json.dumps(values).encode()
+
+
+def answer(question: bytes, bench: Workbench) -> Reply:
+    """The reply to a question of `asked`."""
+    values = json.loads(question)
+    shard = Shard(Job.from_dict(values["job"]), values["first"], values["beyond"], values["shard"])
+    return bench.compute(shard, values["wanted"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job of a folder; the module says what the exit status means."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if len(arguments) != 1 or not (Path(arguments[0]) / "run.json").is_file():
-        print("usage: python -m interp.jobs.worker FOLDER (that of a run, with job.json and run.json)", file=sys.stderr)
-        return 2
-    folder = Path(arguments[0]).resolve()
-    runs, id = Runs(folder.parent), folder.name
-    with _alone(folder) as alone:
-        if not alone:
-            print("another worker is at this run", file=sys.stderr)
-            return 0
-        return _run(runs, id)
-
-
-def _run(runs: Runs, id: str) -> int:
-    ended, error, code = "failed", "", 1
-    before = {name: signal.signal(name, _interrupt) for name in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        runs.change(id, status="running", started=now(), finished="", error="", **me())
-        work(runs, id)
-        return 0
-    except Cancelled:
-        ended, code = "cancelled", 130
-    except Interrupted:
-        ended, code = "interrupted", 130
-    except InterpError as caught:
-        error, code = str(caught), 2
-        print(error, file=sys.stderr)
-    except Exception as caught:
-        error = f"{type(caught).__name__}: {caught}".splitlines()[0]
-        traceback.print_exc()
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-    # a run that was interrupted after its result was written is done
-    if runs.get(id).status != "done":
-        runs.change(id, status=ended, finished=now(), error=error)
-    return code
+    """Answer until the other end of the socket is closed, by whatever end of the process that holds it."""
+    descriptor, threads, share, *device = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started us, and says what to do
+    torch.set_num_threads(int(threads))
+    bench = Workbench(*device, share=int(share))
+    with Connection(int(descriptor)) as pipe:
+        pipe.send_bytes(_READY)
+        while True:
+            try:
+                answer(pipe.recv_bytes(), bench).send(pipe)
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                return 0
 
 
 if __name__ == "__main__":
     psutil.Process().nice(5)  # the dashboard and its reader come first
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     raise SystemExit(main())

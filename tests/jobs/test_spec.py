@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from interp import PromptPairs, load_task
 from interp.directions import BASES
 from interp.errors import OptionError, TaskError
-from interp.jobs.spec import Job, options_of
+from interp.jobs.spec import Job
 from interp.metrics import METRICS
 from interp.sites import SITES
 from interp.tasks.named import TASKS
 from tests.small_pairs import refused
 
 IOI = Job("patch", "mini-gpt2", task="ioi", n=4, options={"sites": "head"})
+HOOK = "blocks.0.mlp.hook_post"
 OWN = {"clean": ("a b",), "corrupt": ("a c",), "answers": (" d",)}
 
 JOBS = st.builds(
@@ -56,10 +57,6 @@ def test_two_jobs_share_an_id_only_if_they_ask_the_same(a, b):
     assert (a.id == b.id) == (a.to_dict() == b.to_dict())
 
 
-def test_a_job_comes_back_from_a_file(tmp_path):
-    assert Job.from_file(IOI.to_file(tmp_path / "job.json")) == IOI
-
-
 def test_the_order_of_options_is_no_question():
     given = {"sites": "head", "direction": "noise"}
     assert replace(IOI, options=given).id == replace(IOI, options=dict(reversed(given.items()))).id
@@ -84,11 +81,21 @@ def test_a_job_is_frozen_and_takes_no_part_in_what_its_maker_does_later():
         job.n = 3
 
 
-def test_options_are_the_analysis_own():
-    assert "window" in options_of("patch")
-    assert "rules" in options_of("attribute")
-    assert "sites" not in options_of("edges")
-    assert not {"batch_size", "announce", "progress", "max_memory", "model"} & {*options_of("patch")}
+def test_kinds_that_need_all_prompts_have_one_block():
+    job = Job("circuit", "mini-gpt2", task="ioi", n=12, block=3)
+    assert job.block == 12
+    assert job.id == Job("circuit", "mini-gpt2", task="ioi", n=12, block=5).id
+    assert replace(IOI, block=3).id != replace(IOI, block=2).id, "sums of other blocks are rounded otherwise"
+
+
+def test_a_job_about_text_has_a_seed_and_no_prompts():
+    job = Job("snmf", "mini-gpt2", n=77, seed=5, options={"hook": HOOK}, corruption="x", template=3)
+    assert (job.n, job.seed, job.corruption, job.template) == (1, 5, None, 0)
+    assert str(job) == f"snmf mini-gpt2 (hook {HOOK}), seed 5"
+    with refused(TaskError, "is about a text, and takes no task"):
+        replace(job, task="ioi")
+    with refused(OptionError, "a snmf job needs a hook|an snmf job needs a hook"):
+        replace(job, options={})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,7 @@ def test_options_are_the_analysis_own():
     [
         (OptionError, "'pitch' is not a kind of job .* did you mean 'patch'", {"kind": "pitch"}),
         (OptionError, "did you mean 'direction'", {"options": {"sites": "head", "directoin": "noise"}}),
-        (OptionError, "'batch_size' is not a option", {"options": {"sites": "head", "batch_size": 4}}),
+        (OptionError, "'batch_size' is not an option", {"options": {"sites": "head", "batch_size": 4}}),
         (OptionError, "needs sites", {"options": {}}),
         (OptionError, "'heads' is not a site", {"options": {"sites": ["heads"]}}),
         (OptionError, "is not a metric", {"options": {"sites": "head", "metric": "logitdiff"}}),
@@ -107,6 +114,11 @@ def test_options_are_the_analysis_own():
         (TaskError, "takes no clean of its own", {"clean": ("a",)}),
         (OptionError, "n of a job is a whole number, at least 1, not 0", {"n": 0}),
         (OptionError, "block of a job", {"block": 0}),
+        (OptionError, "n of a job", {"n": True}),
+        (OptionError, "seed of a job is a whole number, at least 0", {"seed": -1}),
+        (OptionError, "a job's model is a name or a folder", {"model": ""}),
+        (OptionError, "a job's template", {"template": "a"}),
+        (OptionError, "a job's options are names", {"options": ["head"]}),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip
@@ -123,21 +135,20 @@ def test_own_prompts_need_an_answer_each():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("values", "says"),
     [
-        ("{", "is not JSON"),
-        ("[]", "no JSON object"),
-        ('{"format": "interp-job-0"}', "format 'interp-job-0'"),
-        ('{"format": "interp-job-1", "kind": "patch"}', "lacks model"),
-        ('{"format": "interp-job-1", "kind": "patch", "model": "m", "taks": "ioi"}', "'taks' is not a key of a job"),
+        ([], "no JSON object"),
+        ({"format": "interp-job-0"}, "format 'interp-job-0'"),
+        ({"kind": "patch"}, "lacks model"),
+        ({"model": "m"}, "lacks kind"),
+        ({"kind": "patch", "model": "m", "taks": "ioi"}, "'taks' is not a key of a job .* did you mean 'task'"),
     ],
-    ids=["cut off", "list", "old", "incomplete", "misspelt"],
+    ids=["list", "old", "no model", "no kind", "misspelt"],
 )
-def test_a_file_that_is_no_job_is_refused_by_name(tmp_path, text, says):
-    path = tmp_path / "job.json"
-    path.write_text(text, encoding="utf-8")
-    with refused(OptionError, f"job.json.*{says}|{says}.*job.json"):
-        Job.from_file(path)
+def test_what_is_no_job_is_refused_by_name(values, says):
+    with pytest.raises(OptionError, match=says) as caught:
+        Job.from_dict(values, source="a.toml")
+    assert "a.toml" in str(caught.value)
 
 
 def test_pairs_are_the_librarys(mini_gpt2):
@@ -148,3 +159,13 @@ def test_pairs_are_the_librarys(mini_gpt2):
     own = PromptPairs.from_text(mini_gpt2, **texts)
     assert job.pairs(mini_gpt2).clean.equal(own.clean)
     assert job.pairs(mini_gpt2).wrong_answers is None
+
+
+def test_pairs_to_judge_by_are_others_of_the_same_task(mini_gpt2):
+    ours, apart = IOI.pairs(mini_gpt2), IOI.held_out(mini_gpt2)
+    assert len(apart) == len(ours)
+    assert not apart.clean.equal(ours.clean)
+    assert apart.clean.equal(IOI.held_out(mini_gpt2).clean)
+    own = Job("edges", "mini-gpt2", clean=("Anna went",), corrupt=("Mary went",), answers=(" to",))
+    assert own.held_out(mini_gpt2) is None
+    assert Job("snmf", "mini-gpt2", options={"hook": HOOK}).pairs(mini_gpt2) is None
