@@ -33,6 +33,10 @@ from interp.steering.vectors import Vector
 
 KINDS = ("two texts", "latent", "neuron")
 UP, DOWN = "+", "−"
+# what the page begins with
+POSITIVE = ("She was tired because she was late.", "Alice said that she was glad.", "Emma went home and she was happy.")
+NEGATIVE = ("He was tired because he was late.", "Tom said that he was glad.", "Paul went home and he was happy.")
+PROMPT, TARGET = "The friends", 0.25
 MAX_SAMPLES, MAX_TOKENS, MAX_EXAMPLES = 8, 60, 64
 
 

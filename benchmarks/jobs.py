@@ -4,7 +4,7 @@
 
 planning   a grid of 100,000 shards from its file to the list of shards
 resuming   the same grid when every shard is there: all files are read and compared with their digests
-overhead   of one shard, dealt to a worker process, checked, kept: wall time of a run less that of computing alone
+overhead   of one shard, dealt to a worker process, checked, kept: wall time of a run less what the worker computed for
 scaling    shards per second of two workers over those of one, one thread each, from the first shard to the last
 """
 
@@ -78,21 +78,17 @@ def resumed(n: int, shards: list[Shard], folder: Path) -> float:
 
 
 def overhead(n: int, folder: Path) -> tuple[float, float]:
-    """(seconds of a shard through a worker process and into a file, seconds of computing it)."""
+    """(seconds of a shard through a worker process and into a file, seconds of computing it there)."""
     shards = list(shards_of(large(n).everything, identities := {MODEL: identity(MODEL)}, environment_of("cpu")))
-    bench, runs = Workbench(), Runs(folder / "overhead")
+    runs, times, computing = Runs(folder / "overhead"), [], []
     (runs.path("0" * 16) / "shards").mkdir(parents=True)
-    bench.compute(shards[0], identities[MODEL])
-    began = time.perf_counter()
-    for shard in shards:
-        bench.compute(shard, identities[MODEL])
-    computing = (time.perf_counter() - began) / n
-    times = []
     with Processes(1) as crew:
         for shard, reply in deal(shards, identities, crew):
             runs.keep("0" * 16, shard.id, reply.table, reply.files)
             times.append(time.perf_counter())
-    return (times[-1] - times[10]) / (len(times) - 11), computing  # the first ones wait for the worker and its model
+            computing.append(reply.seconds)
+    # the first ones wait for the worker and its model
+    return (times[-1] - times[10]) / (n - 11), sum(computing[11:]) / (n - 11)
 
 
 def throughput(workers: int, n: int) -> float:

@@ -8,6 +8,7 @@ interp runs list / show ID / verify / query "SQL" / report ID --out summary.html
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,6 +60,8 @@ class RunGrid:
         print(
             f"run {done.id}: {done.status} after {done.seconds:.1f} s, {done.shards:,} shards in {runs.path(done.id)}"
         )
+        for text, n in Counter(text for texts in done.warned.values() for text in texts).items():
+            print(f"interp: warning: {text}{f' ({n} jobs)' if n > 1 else ''}", file=sys.stderr)
         for job in grid.everything:
             if job.id in done.failed:
                 print(f"interp: failed: {job}: {done.failed[job.id]}", file=sys.stderr)
@@ -129,7 +132,7 @@ class ShowRun(_OfRuns):
             print(json.dumps(asdict(run), indent=1))
             return
         for name, value in asdict(run).items():
-            if value not in ("", {}, []) and name not in ("failed", "datasets"):
+            if value not in ("", {}, []) and name not in ("failed", "datasets", "took", "warned"):
                 print(f"{name:12} {value}")
         print("jobs")
         for job in runs.grid(id).everything:

@@ -20,8 +20,6 @@ from interp.steering.generation import UNSTEERED
 from interp.steering.strength import TARGETS
 
 FROM = ("two texts", "SAE latent", "SNMF feature", "neuron")
-POSITIVE = "She was tired because she was late.\nAlice said that she was glad.\nEmma went home and she was happy."
-NEGATIVE = "He was tired because he was late.\nTom said that he was glad.\nPaul went home and he was happy."
 
 st.title("Steer")
 now, cfg = behaviour(), current_model().cfg
@@ -62,7 +60,10 @@ def vector_form() -> Recipe:
     )
     left, right = st.columns(2)
     if kind == "two texts":
-        sides = (left, "Towards, one text a line", POSITIVE, "positive"), (right, "Away from", NEGATIVE, "negative")
+        sides = (
+            (left, "Towards, one text a line", "\n".join(steered.POSITIVE), "positive"),
+            (right, "Away from", "\n".join(steered.NEGATIVE), "negative"),
+        )
         positive, negative = (place.text_area(label, text, key=f"vector_{side}", height=150, persist_state="session")
                               for place, label, text, side in sides)  # fmt: skip
         layer = number(left, "Layer (at its end)", cfg.n_layers, "vector_layer", cfg.n_layers // 2)
@@ -94,12 +95,14 @@ with left:
     first = "  ".join(map(visible, [*likely][:8])) or "not known at this hook"
     st.text(f"At {hook}, length {size:.3g}. Promotes most: {first}")
 with right:
-    prompt = st.text_input("Prompt", "The friends", key="steer_prompt", max_chars=MAX_CHARACTERS, bind="query-params",
+    prompt = st.text_input("Prompt", steered.PROMPT, key="steer_prompt", max_chars=MAX_CHARACTERS, bind="query-params",
                            persist_state="session")  # fmt: skip
     way = st.segmented_control("Strength", ["by divergence", "by hand"], default="by divergence", key="way", required=True,
                                bind="query-params", help="Equal effect on the next token, or an amount of one's own")  # fmt: skip
     if way == "by divergence":
-        target = st.select_slider("KL of the next token (nats)", TARGETS, value=0.25, key="target", bind="query-params")
+        target = st.select_slider(
+            "KL of the next token (nats)", TARGETS, value=steered.TARGET, key="target", bind="query-params"
+        )
         alpha = None
     else:
         target = None

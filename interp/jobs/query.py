@@ -37,7 +37,13 @@ from interp.jobs.store import Run, Runs, Verified
 _ASKED = {"kind": pa.string(), "model": pa.string(), "task": pa.string(), "n": pa.int64(), "seed": pa.int64(),
           "corruption": pa.string(), "template": pa.int64(), "dtype": pa.string()}  # fmt: skip
 _KEY = {"run": pa.string(), "job": pa.string()}
-_STATE = {"shards": pa.int64(), "whole": pa.int64(), "status": pa.string(), "error": pa.string()}
+_STATE = {
+    "shards": pa.int64(),
+    "whole": pa.int64(),
+    "seconds": pa.float64(),
+    "status": pa.string(),
+    "error": pa.string(),
+}
 _RUN = {"run": pa.string(), "name": pa.string(), "status": pa.string(), "submitted": pa.string(), "started": pa.string(),
         "finished": pa.string(), "seconds": pa.float64(), "jobs": pa.int64(), "failed": pa.int64(), "shards": pa.int64(),
         "device": pa.string(), "host": pa.string(), "executor": pa.string(), "workers": pa.int64(), "threads": pa.int64(),
@@ -80,8 +86,8 @@ def query(sql: str, runs: Runs, ids: Sequence[str] | None = None) -> pd.DataFram
     runs: run, name, status, submitted, started, finished (UTC), seconds, jobs, failed, shards, device, host, executor, workers,
         threads, commit, dirty, versions, error.
     jobs: run, job, kind, model, task, n, seed, corruption, template, dtype; a column for every option that any job was given (a
-        list as JSON; empty where the job has the default); shards, whole (how many of them can be read), status (done, failed,
-        missing), error.
+        list as JSON; empty where the job has the default); shards, whole (how many of them can be read), seconds (of computing
+        it), status (done, failed, missing), error.
     scores: run, job, shard, the columns of `jobs` up to the options, variable (a site or the name of a measure), the labels of
         the results (layer, head, prompt, ...; prompts are counted through the whole job), value (in the metric's unit). NaNs,
         which stand for places that are not there, are left out. A label with the name of an option (metric) stands in its place;
@@ -182,6 +188,7 @@ def _jobs(held: Sequence[_Held]) -> tuple[pa.Table, list[str]]:
             }
             rows.append(options | {name: getattr(job, name) for name in _ASKED} | {
                 "run": one.run.id, "job": job.id, "shards": total, "whole": whole, "status": status,
+                "seconds": one.run.took.get(job.id),
                 "error": one.run.failed.get(job.id) if status == "failed" else None,
             })  # fmt: skip
     schema = pa.schema({**_KEY, **_ASKED, **dict(sorted(types.items())), **_STATE})

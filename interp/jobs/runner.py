@@ -137,10 +137,10 @@ def _work(runs: Runs, grid: Grid, make: Callable[[], Crew], progress: bool) -> t
     found = runs.verify(id, shards)
     runs.tidy(id, found)
     teller.begin(shards, found.missing)
-    failed, datasets = {}, dict(run.datasets)
+    failed, datasets, took, warned = {}, dict(run.datasets), dict(run.took), dict(run.warned)
 
     def kept() -> None:
-        runs.change(id, datasets=datasets, failed=failed)
+        runs.change(id, datasets=datasets, took=took, warned=warned, failed=failed)
 
     try:
         with tqdm(
@@ -152,6 +152,9 @@ def _work(runs: Runs, grid: Grid, make: Callable[[], Crew], progress: bool) -> t
                 else:
                     runs.keep(id, shard.id, reply.table, reply.files)
                     datasets[_name(shard.job)] = reply.dataset
+                    if reply.warned:
+                        warned[shard.job.id] = list(dict.fromkeys([*warned.get(shard.job.id, []), *reply.warned]))
+                    took[shard.job.id] = took.get(shard.job.id, 0.0) + reply.seconds
                 teller.finished(shard)
                 bar.update()
     finally:

@@ -63,6 +63,10 @@ class Run:
     pid: int = 0
     error: str = ""
     failed: dict[str, str] = field(default_factory=dict)  # job id: why
+    warned: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # job id: what the library warned of when it was computed
+    took: dict[str, float] = field(default_factory=dict)  # job id: seconds of computing it, where it was computed
     shards: int = 0
     spec_sha256: str = ""
     code: dict[str, Any] = field(default_factory=dict)

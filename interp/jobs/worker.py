@@ -10,7 +10,9 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -38,7 +40,10 @@ _LABELS = {"token": "position", "source_token": "source"}  # what depends on the
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a shard. error: nothing, or why there is no table; mend: whether it is the asker's to mend."""
+    """What became of a shard. error: nothing, or why there is no table; mend: whether it is the asker's to mend.
+
+    seconds: what it took, the loading of its model and prompts included. warned: what the library warned of.
+    """
 
     shard: str
     table: bytes = b""
@@ -46,16 +51,13 @@ class Reply:
     dataset: str = ""
     error: str = ""
     mend: bool = False
+    seconds: float = field(default=0.0, compare=False)
+    warned: tuple[str, ...] = ()
 
     def parts(self) -> list[bytes]:
         """It as bytes: a line of JSON, the table, and the files in the line's order."""
-        about = {
-            "shard": self.shard,
-            "files": list(self.files),
-            "dataset": self.dataset,
-            "error": self.error,
-            "mend": self.mend,
-        }
+        about = {"shard": self.shard, "files": list(self.files), "dataset": self.dataset, "error": self.error,
+                 "mend": self.mend, "seconds": self.seconds, "warned": list(self.warned)}  # fmt: skip
         return [json.dumps(about).encode(), self.table, *self.files.values()]
 
     @classmethod
@@ -63,7 +65,8 @@ class Reply:
         """The reply whose parts these are."""
         about, table, *files = parts
         values = json.loads(about)
-        return cls(**{**values, "table": table, "files": dict(zip(values["files"], files, strict=True))})
+        files = dict(zip(values["files"], files, strict=True))
+        return cls(**{**values, "table": table, "files": files, "warned": tuple(values["warned"])})
 
     def send(self, pipe: Connection) -> None:
         """Write it to a pipe."""
@@ -91,12 +94,17 @@ class Workbench:
 
     def compute(self, shard: Shard, wanted: str) -> Reply:
         """The reply to a shard. wanted: the identity that its model has to have. Errors are replies too."""
+        began = time.perf_counter()
         try:
-            output = self._output(shard, wanted)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                output = self._output(shard, wanted)
             dataset = dataset_digest(self._pairs[1])
             about = {"shard": shard.id, "job": shard.job.id, "first": shard.first, "beyond": shard.beyond, "dataset": dataset,
                      "files": {name: digest(content) for name, content in output.files.items()}}  # fmt: skip
-            return Reply(shard.id, table_bytes(to_table(output.scores, about)), output.files, dataset)
+            table = table_bytes(to_table(output.scores, about))
+            warned = tuple(dict.fromkeys(str(one.message) for one in seen if issubclass(one.category, UserWarning)))
+            return Reply(shard.id, table, output.files, dataset, seconds=time.perf_counter() - began, warned=warned)
         except InterpError as error:
             return Reply(shard.id, error=str(error), mend=True)
         except Exception as error:

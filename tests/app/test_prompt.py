@@ -17,8 +17,10 @@ IOI = Behaviour(n=3)
 
 @pytest.fixture(scope="module")
 def model_and_pairs():
-    with locked_model(IOI.model).use() as model:
-        yield model, IOI.pairs(model)
+    with locked_model(
+        IOI.model
+    ).use() as model:  # not for longer: pages of these tests, in threads of their own, wait for it
+        return model, IOI.pairs(model)
 
 
 def captions(at) -> str:

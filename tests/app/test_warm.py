@@ -1,6 +1,7 @@
 """The server of `interp app`: the first page is computed before anyone asks, into the very caches that it reads."""
 
 import ast
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +11,7 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 
 from app.behaviour import OWN, Behaviour
 from app.locked import LockedModel
-from app.warm import warm
+from app.warm import warm, warm_others
 
 
 @contextmanager
@@ -26,6 +27,20 @@ def test_the_first_page_computes_nothing_once_it_is_warm(page, monkeypatch):
     at = page("prompt")
     assert len(at.get("echarts_chart")) == 2
     assert len(at.dataframe) == 2
+
+
+@pytest.mark.parametrize("name", ["patch", "circuit", "features"])
+def test_other_pages_compute_nothing_once_they_are_warm(page, monkeypatch, name):
+    assert warm(Behaviour()) is None
+    assert warm_others(Behaviour(), threading.Event()) is None
+    monkeypatch.setattr(LockedModel, "use", nobody)
+    assert not page(name).exception
+
+
+def test_a_server_that_ends_waits_for_one_step_only():
+    over = threading.Event()
+    over.set()
+    assert warm_others(Behaviour(n=3), over) == "the server ended first"
 
 
 def test_another_prompt_is_not_warm(page, monkeypatch):
