@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from app import jobs
 from app.behaviour import Behaviour
 from app.charts import heatmap
 from app.compute import cached
@@ -31,12 +32,13 @@ from interp import Circuit, direct_logit_attribution, direction_effects, edge_sc
 from interp.circuits.ablations import ABLATIONS
 from interp.circuits.graph import Graph, edge_mask, owners, readers, select_edges, writers
 from interp.errors import OptionError, SiteError
+from interp.jobs.spec import Job
 from interp.model.run import record
 from interp.model.transformer import Transformer
 from interp.plots import GREY, INK, LOWERS, RAISES, SCALE
 from interp.sites import SITES, parse_node
 
-METHODS = ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted")  # exact scores take minutes: a job's work
+METHODS = ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "exact")  # the last may take minutes: a job's work
 QUICK_ABLATIONS = tuple(name for name in ABLATIONS if name != "optimal")  # optimal constants are found by training
 MAX_NODES, MAX_EDGES = 1_000, 10_000
 GROUP_COLOURS = (
@@ -59,10 +61,17 @@ _BUSY = 1_500  # edges from which arrows and fading at the pointer are left out
 
 @cached
 def mean_scores(behaviour: Behaviour, method: str, rules: str, metric: str) -> xr.DataArray:
-    """Scores of all edges, the mean over the pairs: [source, target]."""
+    """Scores of all edges, the mean over the pairs: [source, target]. Exact ones are `exact_job`'s, which has to be done."""
+    if method == "exact":
+        return jobs.result(exact_job(behaviour, metric).id).mean("prompt", keep_attrs=True)
     with locked_model(behaviour.model).use() as model:
         scores = edge_scores(model, behaviour.pairs(model), method=method, rules=rules, metric=metric)
         return scores.mean("prompt", keep_attrs=True)
+
+
+def exact_job(behaviour: Behaviour, metric: str) -> Job:
+    """The job that patches every edge."""
+    return jobs.job_of(behaviour, "edges", metric=metric)
 
 
 def circuit_of(behaviour: Behaviour, method: str, rules: str, metric: str, share: float) -> Circuit:

@@ -21,6 +21,7 @@ from interp.jobs.grid import Grid
 from interp.jobs.kinds import KINDS
 from interp.jobs.spec import Job
 from interp.jobs.store import DEFAULT_FOLDER, Progress, Run, Runs
+from interp.jobs.summary import Summary, summary
 
 
 def runs() -> Runs:
@@ -96,6 +97,17 @@ def result(id: str, job_id: str | None = None) -> xr.DataArray | xr.Dataset:
 def _result(folder: str, job_id: str, finished: str) -> xr.DataArray | xr.Dataset:
     parent, id = os.path.split(folder)
     return Runs(parent).result(id, job_id)
+
+
+def whole(id: str) -> Summary:
+    """What a run of many jobs comes to, as `interp runs report` has it."""
+    return _whole(str(runs().path(id).resolve()), poll(id).finished)
+
+
+@cached
+def _whole(folder: str, finished: str) -> Summary:
+    parent, id = os.path.split(folder)
+    return summary(Runs(parent), id)
 
 
 def table(text: str = "", statuses: tuple[str, ...] = ()) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import streamlit as st
 
-from app import circuits, compute, export, looking
+from app import circuits, compute, export, jobs, looking
 from app.charts import visible
 from app.selection import select, selection
 from app.session import KEY as NOTES
@@ -21,17 +21,28 @@ st.title("Circuit")
 now, cfg = behaviour(), current_model().cfg
 one, two, three, four = st.columns(4)
 method = one.selectbox(
-    "Scores", circuits.METHODS, key="method", bind="query-params", help="How edges are scored, from a few passes"
+    "Scores",
+    circuits.METHODS,
+    key="method",
+    bind="query-params",
+    help="How edges are scored: from a few passes, or each patched by itself",
 )
 rules = two.selectbox(
-    "Rules", list(RULES), key="edge_rules", bind="query-params", help="How the backward pass goes through the model"
+    "Rules",
+    list(RULES),
+    key="edge_rules",
+    bind="query-params",
+    disabled=method == "exact",
+    help="How the backward pass goes through the model",
 )
 metric = three.selectbox(
     "Metric", list(METRICS), index=list(METRICS).index("logit_diff"), key="metric", bind="query-params"
 )
 ablation = four.selectbox("Ablation", circuits.QUICK_ABLATIONS, key="ablation", bind="query-params",
                           help="What everything outside the circuit, or in your selection, puts out instead")  # fmt: skip
-asked = (now, method, rules, metric)
+asked = (now, method, "gradient" if method == "exact" else rules, metric)
+if method == "exact" and compute.attempt(lambda: jobs.result_or_offer(circuits.exact_job(now, metric))) is None:
+    st.stop()
 ranked = Circuit.ranked(compute.attempt(circuits.mean_scores, *asked))
 
 

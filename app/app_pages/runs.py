@@ -7,6 +7,7 @@ import xarray as xr
 from app import compute, export, jobs
 from app.charts import heatmap
 from app.sidebar import set_behaviour, stop
+from app.texts import plain
 from interp import compare
 from interp.agreement import STATISTICS
 from interp.circuits.report import curve_figure
@@ -103,6 +104,20 @@ def draw_measures(found: xr.Dataset, asked: Job, id: str) -> None:
         )
 
 
+def summarised(id: str) -> None:
+    """All jobs of a run side by side: its report's figures and tables."""
+    for number, section in enumerate(compute.attempt(jobs.whole, id).sections):
+        st.markdown(f"**{section.title}**")
+        st.text(section.says)
+        for note in section.notes:
+            st.info(plain(note), icon=":material/info:")
+        for caption, figure in section.figures.items():
+            st.plotly_chart(figure, key=f"whole_{id}_{number}_{caption}", alt=caption)
+        for caption, rows in section.tables.items():
+            st.caption(plain(caption))
+            st.dataframe(rows, hide_index=True, key=f"whole_{id}_{number}_{caption}_rows", alt=caption)
+
+
 def opened(id: str) -> tuple[Job, xr.DataArray] | None:
     """A run: what it was asked, how it stands, what can be done with it, and a result. Its job and scores, if it is a map."""
     try:
@@ -125,10 +140,14 @@ def opened(id: str) -> tuple[Job, xr.DataArray] | None:
         )
     if wrong := st.session_state.pop("runs_error", None):
         st.error(wrong, icon=":material/error:")
+    several = len(jobs.grid(id).everything) > 1
+    if several and not run.active and st.toggle("All jobs side by side", key="runs_whole", bind="query-params"):
+        summarised(id)
+        return None
     try:
         found = jobs.result(id, asked.id)
     except InterpError as error:
-        if run.status == "done" or len(jobs.grid(id).everything) > 1:
+        if run.status == "done" or several:
             st.info(str(error), icon=":material/info:")
         return None
     if not jobs.is_map(found):

@@ -198,9 +198,10 @@ class Runs:
         if values is None:
             raise OptionError(f"there is no run {id} in {self.folder}")
         names = {f.name for f in fields(Run)}
-        if values.get("format") != FORMAT or {*values} - {"format"} != names or values["status"] not in STATUSES:
+        known = {*values} - {"format"} <= names and {"id", "status"} <= {*values}  # an older version knew fewer facts
+        if values.get("format") != FORMAT or not known or values["status"] not in STATUSES:
             raise OptionError(f"{path} is no manifest of format {FORMAT}")
-        return Run(**{name: values[name] for name in names})
+        return Run(**{name: values[name] for name in names if name in values})
 
     def grid(self, id: str) -> Grid:
         """What a run was asked. Raises `OptionError` if it is another grid's folder."""

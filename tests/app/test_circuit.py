@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 
 import interp
-from app import circuits
+from app import circuits, jobs
 from app.behaviour import Behaviour
 from app.charts import visible
 from interp.circuits.circuit import Circuit, prune
 from interp.circuits.graph import Graph, edge_mask, owners, writers
 from interp.errors import OptionError, SiteError
+from interp.jobs.runner import run
 from interp.plots import LOWERS, RAISES
 from tests.small_pairs import refused
 
@@ -345,3 +346,17 @@ def test_a_model_whose_graph_lacks_the_selection(page):
     at.run()
     assert not at.exception, at.exception[0].message
     assert at.multiselect(key="chosen").value == ["a3.h1"]
+
+
+def test_exact_scores_are_a_jobs_work(page, monkeypatch, tmp_path, mini_gpt2):
+    monkeypatch.setenv("INTERP_APP_RUNS", str(tmp_path / "runs"))
+    at = page("circuit", method="exact", n="2")
+    assert at.button(key="submit").label == "Run as a job"
+    assert at.selectbox(key="edge_rules").disabled
+    assert not at.get("echarts_chart")
+    asked = Behaviour(n=2)
+    run(circuits.exact_job(asked, "logit_diff"), jobs.runs())
+    at = page("circuit", method="exact", n="2")
+    assert len(at.get("echarts_chart")) >= 1
+    expected = interp.edge_patching(mini_gpt2, asked.pairs(mini_gpt2), batch_size=8).mean("prompt")
+    np.testing.assert_array_equal(circuits.mean_scores(asked, "exact", "gradient", "logit_diff"), expected)

@@ -242,6 +242,9 @@ def test_a_run_of_several_jobs_is_opened_job_by_job(opened, computed):
     measures = next(d.value for d in at.dataframe if "measure" in d.value).set_index("measure").value
     assert measures["cmd"] == float(jobs.result(id, last.id).cmd)
     assert "lower is better" in texts(at)
+    at.toggle(key="runs_whole").set_value(True).run()
+    assert not at.exception
+    assert any("second" in d.value for d in at.dataframe), "methods in pairs"
 
 
 def test_a_failed_run_says_why_and_goes_on(opened, runs, started):
