@@ -3,7 +3,7 @@
     python benchmarks/jobs.py --out benchmarks/results/jobs.json
 
 planning   a grid of 100,000 shards from its file to the list of shards
-resuming   the same grid when every shard is there: all files are read and compared with their digests
+resuming   the same, from the file too, when every shard is there: all are read and compared with their digests
 overhead   of one shard, dealt to a worker process, checked, kept: wall time of a run less what the worker computed for
 scaling    shards per second of two workers over those of one, one thread each, from the first shard to the last
 """
@@ -70,8 +70,9 @@ def resumed(n: int, shards: list[Shard], folder: Path) -> float:
     content = Workbench().compute(shards[0], identity(MODEL)).table
     for shard in shards:
         (run_folder / f"{shard.id}-{digest(content, of=shard.id)}.parquet").write_bytes(content)
+    path = grid.to_file(folder / "again.json")
     began = time.perf_counter()
-    done = run(grid, runs)
+    done = run(Grid.from_file(path), runs)
     seconds = time.perf_counter() - began
     assert done.status == "done", done
     return seconds

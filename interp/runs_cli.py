@@ -3,7 +3,7 @@
 interp run grid.toml --dry-run                 what it would take
 interp run grid.toml --workers 2               the same again goes on where it ended
 interp run grid.toml --executor ray --address auto
-interp runs list / show ID / verify / query "SQL" / report ID --out summary.html
+interp runs list / show ID / cancel ID / verify / query "SQL" / report ID --out summary.html
 """
 
 import json
@@ -215,9 +215,29 @@ class ReportRun(_OfRuns):
         print(f"{found}\n\nreport: {self.out.resolve()}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CancelRun(_OfRuns):
+    """Ask the process that works on a run, wherever it was started, to end after the shards in hand."""
+
+    id: Annotated[str, tyro.conf.Positional]
+    """A run's id, the beginning of it, or its name."""
+
+    def run(self) -> None:
+        from interp.errors import OptionError
+        from interp.jobs.store import Runs
+
+        runs = Runs(self.runs)
+        id = runs.find(self.id)
+        if not (run := runs.get(id)).active:
+            raise OptionError(f"nobody works on run {id}: it is {run.status}")
+        runs.cancel(id)
+        print(f"run {id} ends after the shards in hand; interp run with the same spec goes on from there")
+
+
 Command = (
     Annotated[ListRuns, tyro.conf.subcommand("list")]
     | Annotated[ShowRun, tyro.conf.subcommand("show")]
+    | Annotated[CancelRun, tyro.conf.subcommand("cancel")]
     | Annotated[VerifyRuns, tyro.conf.subcommand("verify")]
     | Annotated[QueryRuns, tyro.conf.subcommand("query")]
     | Annotated[ReportRun, tyro.conf.subcommand("report")]
@@ -226,7 +246,7 @@ Command = (
 
 @dataclass(frozen=True)
 class RunsCommands:
-    """List, show, verify, query and summarise runs."""
+    """List, show, cancel, verify, query and summarise runs."""
 
     what: tyro.conf.OmitSubcommandPrefixes[Command]
 

@@ -132,6 +132,16 @@ def test_listing_and_showing(done, capsys):
     assert "no run is meant by 'nothing'" in capsys.readouterr().err
 
 
+def test_cancelling(done, capsys):
+    assert interp("runs", "cancel", "heads") == 2
+    assert f"nobody works on run {done}: it is done" in capsys.readouterr().err
+    runs = Runs("interp-runs")
+    runs.change(done, status="running")
+    with runs.lock(done):
+        assert interp("runs", "cancel", "heads") == 0
+        assert runs.is_cancelled(done)
+
+
 def test_no_runs_at_all(spec, capsys):
     assert interp("runs", "list") == 2
     assert "there are no runs in interp-runs" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -155,7 +155,7 @@ class Cluster:
             f"{amount(self._ray.available_resources())} are free"
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Cluster":
         try:
             self._join()
             self._alone = time.monotonic()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -38,6 +38,7 @@ class Lost:
 Event = tuple[int, Reply | Lost | None]
 
 
+@runtime_checkable
 class Crew(Protocol):
     """At most n workers, by number. As a context, it ends all of them."""
 
@@ -52,7 +53,7 @@ class Crew(Protocol):
     def wait(self, seconds: float) -> list[Event]:
         """What has happened, after at most so long: a worker is there (None), has a reply, or is `Lost`."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> "Crew": ...
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
@@ -77,7 +78,7 @@ class Here:
             events.append((0, self._bench.compute(shard, wanted)))
         return events
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Here":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,7 +130,7 @@ class Processes:
         code = process.wait()
         return f"killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -44,12 +44,8 @@ class Analysis:
 
     def __post_init__(self) -> None:
         one_of(self.kind, KINDS, "kind of job")
-        for name in ("options", "grid"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise OptionError(f"{name} of an analysis are names with values, not {getattr(self, name)!r}")
-        for name, values in self.grid.items():
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise OptionError(f"grid.{name} of a {self.kind} analysis is a list of values, not {values!r}")
+        _check_tables(self.kind, self.options, self.grid)
+        for name in self.grid:
             if name in self.options:
                 raise OptionError(f"{name} of a {self.kind} analysis is given twice, in options and in grid")
 
@@ -57,6 +53,9 @@ class Analysis:
     def choices(self) -> list[dict[str, Any]]:
         """The options of each of its jobs; later names vary fastest."""
         return [{**self.options, **dict(zip(self.grid, c, strict=True))} for c in product(*self.grid.values())]
+
+
+_LISTS: dict[str, type] = {"models": str, "tasks": str, "seeds": int, "analyses": Analysis, "jobs": Job}
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise OptionError(f"a grid's name is a text, not {self.name!r}")
-        for name, of in (("models", str), ("tasks", str), ("seeds", int), ("analyses", Analysis), ("jobs", Job)):
-            values = getattr(self, name)
-            plain = isinstance(values, Sequence) and not isinstance(values, str)
-            if not plain or not all(isinstance(v, of) and not isinstance(v, bool) for v in values):
-                raise OptionError(f"{name} of a grid are a list, not {values!r}")
-            object.__setattr__(self, name, tuple(values))
+        for name in _LISTS:
+            object.__setattr__(self, name, _listed(name, getattr(self, name)))
         if self.analyses and not self.models:
             raise OptionError("this grid has analyses and no models")
         if self.analyses and not self.seeds:
@@ -137,7 +132,7 @@ class Grid:
                     raise OptionError(f"{name} of {source} are a list of tables, not {found[name]!r}")
                 found[name] = [make(one, source) for one in found[name]]
         try:
-            return cls(**found)
+            return cls(**{name: _listed(name, value) if name in _LISTS else value for name, value in found.items()})
         except InterpError as error:
             raise type(error)(f"{source}: {error}") from None
 
@@ -179,11 +174,30 @@ def _known(values: Any, names: Sequence[str], what: str, source: str | Path) -> 
     return dict(values)
 
 
+def _listed(name: str, values: Any) -> tuple:
+    """A field of a grid that is a list. Raises `OptionError` if it is none, or of other things."""
+    plain = isinstance(values, Sequence) and not isinstance(values, str)
+    if not plain or not all(isinstance(v, _LISTS[name]) and not isinstance(v, bool) for v in values):
+        raise OptionError(f"{name} of a grid are a list, not {values!r}")
+    return tuple(values)
+
+
+def _check_tables(kind: Any, options: Any, grid: Any) -> None:
+    """Raise `OptionError` if these are no tables, or what is to vary is no list."""
+    for name, table in (("options", options), ("grid", grid)):
+        if not isinstance(table, Mapping):
+            raise OptionError(f"{name} of an analysis are names with values, not {table!r}")
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise OptionError(f"grid.{name} of a {kind} analysis is a list of values, not {values!r}")
+
+
 def _analysis(values: Any, source: str | Path) -> Analysis:
     found = _known(values, [f.name for f in fields(Analysis)], "an analysis", source)
     if "kind" not in found:
         raise OptionError(f"an analysis of {source} lacks its kind (choose from {', '.join(KINDS)})")
     try:
+        _check_tables(found["kind"], found.get("options", {}), found.get("grid", {}))
         return Analysis(**found)
     except InterpError as error:
         raise type(error)(f"{source}: {error}") from None

@@ -121,7 +121,7 @@ class Job:
         return {"format": FORMAT, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, source: str = "the job") -> "Job":
+    def from_dict(cls, values: Any, *, source: str = "the job") -> "Job":
         """The job of a JSON object. source: where it came from, for messages. Unknown keys are an `OptionError`."""
         if not isinstance(values, Mapping):
             raise OptionError(f"{source} holds no JSON object")

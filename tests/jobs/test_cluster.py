@@ -199,4 +199,4 @@ def test_a_machine_with_other_versions_is_named():
     told.set_result(("interp 0.0 and torch 1.0", "farm7"))
     crew._events.put((0, told))
     with refused(OptionError, "farm7 has interp 0.0 and torch 1.0, and this run is of interp"):
-        crew.wait(1)
+        crew.wait(1.0)

@@ -85,7 +85,7 @@ def test_a_job_that_cannot_run_is_said(runs, here):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.5, "0.5 s"), (90, "90 s"), (600, "10.0 min"), (7200, "2.0 h"), (1e6, "11.6 d"), (np.nan, "?")],
+    [(0.5, "0.5 s"), (90.0, "90 s"), (600.0, "10.0 min"), (7200.0, "2.0 h"), (1e6, "11.6 d"), (np.nan, "?")],
 )
 def test_times_are_told_as_people_do(seconds, text):
     assert module._time(seconds) == text

@@ -42,6 +42,12 @@ class Script:
         assert self.events, "nobody is at work, and it is waited for"
         return [self.events.pop(self.random.randrange(len(self.events)))]
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
 
 def well(worker, shard) -> Reply:
     return Reply(shard.id)
@@ -128,11 +134,11 @@ def test_processes_end_with_their_crew(here):
         crew.hire()
         ready = []
         while len(ready) < 2:
-            ready += crew.wait(1)
+            ready += crew.wait(1.0)
         assert sorted(ready) == [(0, None), (1, None)]
         processes = [process for process, _ in crew._workers.values()]
         processes[0].kill()
-        assert crew.wait(5) == [(0, Lost("killed by signal 9"))]
+        assert crew.wait(5.0) == [(0, Lost("killed by signal 9"))]
         crew.ask(1, SHARDS[0], "files:a")
         [(worker, reply)] = crew.wait(20)
         assert worker == 1
