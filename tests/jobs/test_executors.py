@@ -140,7 +140,7 @@ def test_processes_end_with_their_crew(here):
         processes[0].kill()
         assert crew.wait(5.0) == [(0, Lost("killed by signal 9"))]
         crew.ask(1, SHARDS[0], "files:a")
-        [(worker, reply)] = crew.wait(20)
+        [(worker, reply)] = crew.wait(20.0)
         assert worker == 1
         assert "a" in reply.error
     assert processes[1].code is not None
