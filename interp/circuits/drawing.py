@@ -62,7 +62,8 @@ def draw_circuit(circuit: "Circuit", *, title: str | None = None, max_edges: int
         paths.append(_curve(start, end, across=bow))
     figure = go.Figure(_lines(edges, paths, edges.hover()))
     _add_boxes(figure, {name: (x[name], y) for name, y in rows.y.items()})
-    half = max(4.0, max(columns.values()) + 1.0, 1.0 - min(columns.values()))
+    reach = max((float(abs(path[:, 0]).max()) for path in paths), default=0.0)  # an arc may bow past the last column
+    half = max(4.0, max(columns.values()) + 1.0, 1.0 - min(columns.values()), reach + 0.3)
     figure.update_xaxes(
         title="head", tickvals=list(columns.values()), showgrid=False, range=[-half, half],
         ticktext=["MLP" if head is None else str(head) for head in columns],
