@@ -1,9 +1,11 @@
 # make demo: from nothing to a report.   make test: from nothing to a tested checkout.
-# make test-typed: the same, with the shapes and types of every call checked, which takes twice as long; CI runs this one.
+# make test-typed: the same, with the shapes and types of calls checked, which takes longer; CI runs this one.
 PYTHON ?= python3
 VENV   ?= .venv
 WORKERS ?= 2
 BIN    := $(VENV)/bin
+# tests that use the library from outside, in processes of their own or through a page: checking types again there only costs time
+PLAIN  := tests/app tests/notebooks tests/test_readme.py tests/jobs/test_faults.py tests/jobs/test_cluster.py
 
 .PHONY: demo test test-typed lint models wheel clean
 .DELETE_ON_ERROR:
@@ -15,7 +17,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-typed: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --jaxtyping-packages=interp,interp_kernels,beartype.beartype
+	$(BIN)/python -m pytest -n $(WORKERS) --jaxtyping-packages=interp,interp_kernels,beartype.beartype \
+	  $(foreach path,$(PLAIN),--ignore=$(path))
+	$(BIN)/python -m pytest -n $(WORKERS) $(PLAIN)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
