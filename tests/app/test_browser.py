@@ -172,22 +172,30 @@ def focused(page) -> str:
     )
 
 
+MISSED = """() => [...document.querySelectorAll('[data-testid=stElementContainer]:not([data-reached])')].filter(box =>
+    [...box.querySelectorAll('input, button, textarea, [role=slider], [role=combobox], summary')].some(e =>
+        e.checkVisibility() && !e.disabled && !e.closest('[data-testid=stElementToolbar]'))).map(box => box.innerText)"""
+
+
 @pytest.mark.parametrize("name", [entry.name for entry in PAGES])
 def test_the_tab_key_reaches_every_control(visit, name):
-    """Pressed until the page ends, it has been in every element of the page that has a control and is not disabled."""
+    """Pressed until the page ends, it has been in every element of the page that has a control and is not disabled.
+
+    A page that is still drawn takes the focus away, so it may have to be gone through again.
+    """
     page = visit("" if name == PAGES[0].name else name)
-    for _ in range(300):  # a table takes a few, one for each of its columns
-        page.keyboard.press("Tab")
-        if page.evaluate(
-            "() => { const box = document.activeElement.closest('[data-testid=stElementContainer]');"
-            " if (box) box.dataset.reached = 1; return document.activeElement === document.body; }"
-        ):
+    missed = ["not begun"]
+    for _ in range(3):
+        for _ in range(300):  # a table takes a few, one for each of its columns
+            page.keyboard.press("Tab")
+            if page.evaluate(
+                "() => { const box = document.activeElement.closest('[data-testid=stElementContainer]');"
+                " if (box) box.dataset.reached = 1; return document.activeElement === document.body; }"
+            ):
+                break
+        missed = page.evaluate(MISSED)
+        if not missed:
             break
-    missed = page.evaluate(
-        """() => [...document.querySelectorAll('[data-testid=stElementContainer]:not([data-reached])')].filter(box =>
-            [...box.querySelectorAll('input, button, textarea, [role=slider], [role=combobox], summary')].some(e =>
-                e.checkVisibility() && !e.disabled && !e.closest('[data-testid=stElementToolbar]'))).map(box => box.innerText)"""
-    )
     assert missed == []
 
 
