@@ -171,8 +171,8 @@ def deal(
 ) -> Iterator[tuple[Shard, Reply]]:
     """Have a crew compute shards; yields them with their replies as those come.
 
-    A job of which one shard has an error is not asked for again. After `stopped()` no shard is dealt, and
-    those in hand are waited for. Raises `OptionError` if workers end again and again without a single reply.
+    A job of which one shard has an error is not asked for again. After `stopped()` no shard is dealt, and those in hand
+    are waited for. Raises `OptionError` if workers end again and again without a single reply.
     """
     pile, free, busy, holds = _Pile(shards), set(), {}, {}
     taken: Counter[str] = Counter()

@@ -138,6 +138,7 @@ def _work(runs: Runs, grid: Grid, make: Callable[[], Crew], progress: bool) -> t
     runs.tidy(id, found)
     teller.begin(shards, found.missing)
     failed, datasets, took, warned = {}, dict(run.datasets), dict(run.took), dict(run.warned)
+    left = len(found.missing)
 
     def kept() -> None:
         runs.change(id, datasets=datasets, took=took, warned=warned, failed=failed)
@@ -151,6 +152,7 @@ def _work(runs: Runs, grid: Grid, make: Callable[[], Crew], progress: bool) -> t
                     failed.setdefault(shard.job.id, reply.error)
                 else:
                     runs.keep(id, shard.id, reply.table, reply.files)
+                    left -= 1
                     datasets[_name(shard.job)] = reply.dataset
                     if reply.warned:
                         warned[shard.job.id] = list(dict.fromkeys([*warned.get(shard.job.id, []), *reply.warned]))
@@ -162,7 +164,7 @@ def _work(runs: Runs, grid: Grid, make: Callable[[], Crew], progress: bool) -> t
     if failed:
         first, more = next(iter(failed.values())), len(failed) - 1
         return "failed", f"{first}{f' (and {more} more jobs failed)' if more else ''}"
-    if runs.is_cancelled(id):
+    if left:  # nothing failed, so somebody cancelled it; after the last shard that comes too late
         return "cancelled", ""
     teller.tell("done")
     return "done", ""
